@@ -1,0 +1,28 @@
+"""What launchers check, so that kernels and loops can trust."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def check_array(name: str, array: Any, dtype: Any, shape: tuple[int | None, ...]) -> None:
+    """Raise unless an array is C-contiguous with this dtype and shape (None: any length)."""
+    if array.dtype != np.dtype(dtype):
+        raise TypeError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
+    actual = array.shape
+    if actual != shape and (
+        len(actual) != len(shape)
+        or any(want is not None and want != have for want, have in zip(shape, actual, strict=True))
+    ):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} has shape {list(actual)}, expected [{wanted}]")
+    if not array.flags["C_CONTIGUOUS"]:
+        raise ValueError(f"{name} is not C-contiguous")
+
+
+def check_range(name: str, begin: int, end: int, length: int) -> None:
+    """Raise unless 0 <= begin <= end <= length."""
+    if not 0 <= begin <= end <= length:
+        raise ValueError(f"{name}: rows {begin}..{end} are not within 0..{length}")

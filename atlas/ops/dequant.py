@@ -1,0 +1,170 @@
+"""Rows of a paged matrix as float32: `dequantise` a range of rows, `embed` chosen ones.
+
+Values are exactly those of ggml's dequantisation (`d * q`, `d * sc * q - dmin * m`), see
+`atlas.ops.block_values`; kernels may fuse the last multiplication and subtraction.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from numba import config, cuda, prange, types
+
+from atlas.ops.block_values import (
+    MATRIX_VALUES,
+    matrix_arguments,
+    matrix_signature,
+    page_offset,
+)
+from atlas.ops.block_vectors import decode_run
+from atlas.ops.checks import check_array, check_range
+from atlas.ops.paged import PageCache, PagedMatrix
+from atlas.target import Target
+from forge.jit import cached_njit
+
+
+def _kernels(matrix_value: Any) -> tuple[Any, Any]:
+    """`dequantise_kernel` and `embed_kernel` of one type: a thread per element, grid-stride."""
+
+    @cuda.jit
+    def dequantise_kernel(
+        out, begin, frames, table, shard_shift, first_page, per_page, elements, places
+    ):
+        n_cols = np.int64(out.shape[1])
+        for i in range(cuda.grid(1), np.int64(out.shape[0]) * n_cols, cuda.gridsize(1)):
+            out[i // n_cols, i % n_cols] = matrix_value(
+                frames, table, shard_shift, first_page, per_page, elements, places,
+                begin * n_cols + i,
+            )  # fmt: skip
+
+    @cuda.jit
+    def embed_kernel(
+        out, tokens, frames, table, shard_shift, first_page, per_page, elements, places
+    ):
+        n_cols = np.int64(out.shape[1])
+        for i in range(cuda.grid(1), np.int64(out.shape[0]) * n_cols, cuda.gridsize(1)):
+            t, column = i // n_cols, i % n_cols
+            out[t, column] = matrix_value(
+                frames, table, shard_shift, first_page, per_page, elements, places,
+                np.int64(tokens[t]) * n_cols + column,
+            )  # fmt: skip
+
+    return dequantise_kernel, embed_kernel
+
+
+_KERNELS = {kind: _kernels(body) for kind, body in MATRIX_VALUES.items()}
+
+
+@lru_cache(maxsize=None)
+def _loop(kind: int) -> Any:
+    """The loop for one type; `kind` is a constant of the compiled code."""
+
+    @cached_njit(parallel=True)
+    def dequantise_loop(
+        out, begin, frames, table, shard_shift, first_page, per_page, elements, places
+    ):
+        base = np.uint64(frames.ctypes.data)
+        blocks_per_row = out.shape[1] // elements
+        for r in prange(out.shape[0]):
+            address = np.uint64(out[r].ctypes.data)
+            block, left = (begin + r) * blocks_per_row, blocks_per_row
+            while left > 0:
+                slot = block % per_page
+                count = min(left, per_page - slot)
+                page = page_offset(table, shard_shift, first_page + block // per_page)
+                decode_run(kind, base + np.uint64(page), places, slot, address, count)
+                address += np.uint64(4 * count * elements)
+                block += count
+                left -= count
+
+    return dequantise_loop
+
+
+def _dequantise_interpreted(out: np.ndarray, begin: int, w: PagedMatrix, matrix: tuple) -> None:
+    """The loop's twin without a compiler."""
+    matrix_value = MATRIX_VALUES[w.ggml_type]
+    for r, row in enumerate(out):
+        row[:] = [matrix_value(*matrix, (begin + r) * w.n_cols + c) for c in range(w.n_cols)]
+
+
+def dequantise(
+    target: Target, out: Any, cache: PageCache, w: PagedMatrix, begin: int, end: int
+) -> None:
+    """Write rows `begin` to `end` - 1 of a matrix as float32.
+
+    Parameters
+    ----------
+    target
+        Where to run.
+    out
+        float32 [end - begin, n_cols] to fill.
+    cache, w
+        The pages, all of these rows resident, and the matrix.
+    begin, end
+        Range of rows.
+
+    Raises
+    ------
+    GGUFShardError
+        If the matrix has a type that cannot be computed with.
+    """
+    check_range(w.name, begin, end, w.n_rows)
+    check_array("out", out, np.float32, (end - begin, w.n_cols))
+    matrix = matrix_arguments(cache, w)
+    if begin == end:
+        return
+    if target.is_cuda:
+        kernel, _ = _KERNELS[w.ggml_type]
+        kernel[target.grid(out.size), target.block](out, begin, *matrix)
+    elif config.DISABLE_JIT:
+        _dequantise_interpreted(out, begin, w, matrix)
+    else:
+        _loop(int(w.ggml_type))(out, begin, *matrix)
+
+
+def embed(target: Target, out: Any, cache: PageCache, w: PagedMatrix, tokens: Any) -> None:
+    """Write the rows of a matrix that `tokens` names as float32.
+
+    Parameters
+    ----------
+    target
+        Where to run.
+    out
+        float32 [n_tokens, n_cols] to fill.
+    cache, w
+        The pages, those of the named rows resident, and the embedding matrix.
+    tokens
+        int32 [n_tokens], each within 0..n_rows - 1.
+
+    Raises
+    ------
+    GGUFShardError
+        If the matrix has a type that cannot be computed with.
+    """
+    check_array("tokens", tokens, np.int32, (None,))
+    check_array("out", out, np.float32, (tokens.shape[0], w.n_cols))
+    if tokens.shape[0] == 0:
+        return
+    if target.is_cuda:
+        _, kernel = _KERNELS[w.ggml_type]
+        kernel[target.grid(out.size), target.block](out, tokens, *matrix_arguments(cache, w))
+    else:
+        for t, token in enumerate(tokens.tolist()):
+            dequantise(target, out[t : t + 1], cache, w, token, token + 1)
+
+
+KERNELS: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+for _kind, (_dequantise_kernel, _embed_kernel) in _KERNELS.items():
+    _matrix = matrix_signature(_kind)
+    _name = _kind.name.lower()
+    KERNELS[f"dequantise_kernel_{_name}"] = (
+        _dequantise_kernel,
+        (types.float32[:, ::1], types.int64, *_matrix),
+    )
+    KERNELS[f"embed_kernel_{_name}"] = (
+        _embed_kernel,
+        (types.float32[:, ::1], types.int32[::1], *_matrix),
+    )

@@ -1,0 +1,148 @@
+"""The command of `forge`: shard, restore, verify, info.
+
+Runs as `python forge/model_sharding_tool.py ...` from the project's root; the same sub-commands are
+part of `gguf-shard`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: the project's root is one folder up
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from forge.block_layouts import MEMORY_LAYOUTS
+from forge.command import print_json, run_command
+from forge.info import describe, describe_text
+from forge.restore import restore_model
+from forge.sgmap import CACHE_POLICIES
+from forge.sgmap_reader import load_map
+from forge.shard import ShardOptions, shard_model
+from forge.sizes import format_bytes
+from forge.verify import verify_model
+
+
+def _pages_per_shard(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number")
+    return int(text)
+
+
+def _shard(args: argparse.Namespace) -> int:
+    options = ShardOptions(args.layout, args.policy, args.prefetch_distance, args.pages_per_shard)
+    path = shard_model(
+        args.model, args.output, options, force=args.force, progress=not args.quiet
+    )
+    m = load_map(path)
+    source_bytes = sum(source.bytes for source in m.source)
+    facts = {
+        "map": str(path),
+        "core": str(path.with_suffix(".gguf")),
+        "pages": m.n_pages,
+        "shards": m.n_shards,
+        "pages_per_shard": m.pages_per_shard,
+        "source_bytes": source_bytes,
+        "sha256": [source.sha256 for source in m.source],
+    }
+    if args.json:
+        print_json(facts)
+    elif not args.quiet:
+        print(
+            f"{path}: {m.n_pages} pages in {m.n_shards} shards of {m.pages_per_shard} "
+            f"from {format_bytes(source_bytes)}"
+        )
+    return 0
+
+
+def _restore(args: argparse.Namespace) -> int:
+    paths = restore_model(args.map, args.output, force=args.force, progress=not args.quiet)
+    if args.json:
+        print_json({"files": [str(path) for path in paths], "sha256_matches": True})
+    elif not args.quiet:
+        print("\n".join(f"{path}: restored, SHA-256 as in the map" for path in paths))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    result = verify_model(args.map, args.against, progress=not args.quiet)
+    if args.json:
+        print_json(result.as_dict())
+    else:
+        for fault in result.bad:
+            print(f"{args.map}: {fault}" if fault.page is not None else fault, file=sys.stderr)
+        if result.ok and not args.quiet:
+            print(f"{args.map}: {result.pages} pages hold")
+    return 0 if result.ok else 1
+
+
+def _info(args: argparse.Namespace) -> int:
+    facts = describe(args.file)
+    if args.json:
+        print_json(facts)
+    else:
+        print(describe_text(facts))
+    return 0
+
+
+def add_commands(commands: Any) -> None:
+    """Add `shard`, `restore`, `verify` and `info` to an argparse sub-parser collection."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object")
+    common.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
+
+    p = commands.add_parser(
+        "shard", parents=[common], help="cut a GGUF model into checked pages",
+        description="Cut a GGUF model into 4 KiB pages: writes core.gguf and core.sgmap.",
+    )  # fmt: skip
+    p.add_argument("model", metavar="MODEL.gguf", help="of a split model, the first part")
+    p.add_argument("-o", "--output", metavar="DIR", default=".", help="folder (default: here)")
+    p.add_argument("--layout", choices=MEMORY_LAYOUTS, default="column_major",
+                   help="how blocks lie in a page (default: column_major)")  # fmt: skip
+    p.add_argument("--policy", choices=CACHE_POLICIES, default="lru",
+                   help="default cache policy written to the map (default: lru)")  # fmt: skip
+    p.add_argument("--prefetch-distance", type=int, default=8, metavar="N",
+                   help="shards to read ahead (default: 8)")  # fmt: skip
+    p.add_argument("--pages-per-shard", type=_pages_per_shard, default=None, metavar="N|auto",
+                   help="a power of two up to 256 (default: auto)")  # fmt: skip
+    p.add_argument("--force", action="store_true", help="replace existing files")
+    p.set_defaults(run=_shard)
+
+    p = commands.add_parser(
+        "restore", parents=[common], help="write the original GGUF back, bit for bit",
+        description="Write the GGUF file that a sharded model was cut from, bit for bit.",
+    )  # fmt: skip
+    p.add_argument("map", metavar="CORE.sgmap")
+    p.add_argument("-o", "--output", metavar="MODEL.gguf", required=True)
+    p.add_argument("--force", action="store_true", help="replace an existing file")
+    p.set_defaults(run=_restore)
+
+    p = commands.add_parser(
+        "verify", parents=[common], help="check every byte of a sharded model",
+        description="Check map, container, table, every page and every shard.",
+    )  # fmt: skip
+    p.add_argument("map", metavar="CORE.sgmap")
+    p.add_argument("--against", metavar="MODEL.gguf", help="compare with the source's SHA-256 too")
+    p.set_defaults(run=_verify)
+
+    p = commands.add_parser(
+        "info", parents=[common], help="describe a GGUF file or a sharded model",
+        description="Describe a GGUF file or a sharded model.",
+    )  # fmt: skip
+    p.add_argument("file", metavar="MODEL.gguf|CORE.sgmap")
+    p.set_defaults(run=_info)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `model_sharding_tool.py`."""
+    parser = argparse.ArgumentParser(prog="model_sharding_tool.py", description=__doc__)
+    add_commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
+    return run_command(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

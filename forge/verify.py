@@ -1,0 +1,142 @@
+"""`verify_model`: does every byte of a sharded model hold?"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forge.errors import GGUFShardError
+from forge.progress import progress_bar
+from forge.sgmap import ShardMap
+from forge.shard_scan import scan_shards
+from forge.sharded_model import ShardedModel
+
+_HASH_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that does not hold.
+
+    Attributes
+    ----------
+    page, shard, tensor
+        Where; None for what lies outside the pages.
+    reason
+        What, in one line.
+    """
+
+    page: int | None
+    shard: int | None
+    tensor: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        if self.page is None:
+            return self.reason
+        return f"page {self.page} (shard {self.shard}, {self.tensor}): {self.reason}"
+
+
+@dataclass
+class VerifyResult:
+    """Outcome of `verify_model`: pages looked at, and the faults found."""
+
+    pages: int = 0
+    bad: list[Fault] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.bad
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`: `ok`, `pages`, `bad`."""
+        return {"ok": self.ok, "pages": self.pages, "bad": [vars(fault) for fault in self.bad]}
+
+
+def verify_model(
+    map_path: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    progress: bool = False,
+    threads: int = 2,
+) -> VerifyResult:
+    """Check map, header, table, every page and every shard of a sharded model.
+
+    Parameters
+    ----------
+    map_path
+        `core.sgmap`.
+    against
+        The GGUF file (first part of a split one) that it should have been cut from; its SHA-256
+        is compared with the map's.
+    progress
+        Show a progress bar on stderr.
+    threads
+        Batches of pages in flight at once.
+
+    Returns
+    -------
+    VerifyResult
+        Damage is reported here, not raised; damage to the map or the table, without which nothing
+        else can be checked, is a single fault.
+    """
+    result = VerifyResult()
+    try:
+        with ShardedModel(map_path) as model:
+            _verify_pages(model, result, progress, threads)
+            if against is not None:
+                _verify_source(model.map, Path(against), result)
+    except GGUFShardError as error:
+        result.bad.append(Fault(None, None, None, str(error)))
+    return result
+
+
+def _verify_pages(model: ShardedModel, result: VerifyResult, progress: bool, threads: int) -> None:
+    shard_map = model.map
+    bad_shards = set()
+
+    def report(page: int, reason: str) -> None:
+        shard = page // shard_map.pages_per_shard
+        bad_shards.add(shard)
+        result.bad.append(Fault(page, shard, shard_map.tensor_of_page(page), reason))
+
+    for reason in model.core.header_faults():
+        result.bad.append(Fault(None, None, None, f"{model.core.path}: {reason}"))
+    core_size = model.core.path.stat().st_size
+    with progress_bar(core_size, "verify", progress) as advance:
+        digests = scan_shards(
+            model.core, shard_map.pages_per_shard, model.page_crc32, report, advance, threads
+        )
+    result.pages = shard_map.n_pages
+    for shard, (found, expected) in enumerate(zip(digests, shard_map.shard_xxh3_64, strict=True)):
+        if found != expected and shard not in bad_shards:
+            result.bad.append(
+                Fault(
+                    shard * shard_map.pages_per_shard,
+                    shard,
+                    shard_map.tensor_of_page(shard * shard_map.pages_per_shard),
+                    f"shard has xxh3-64 {found}, the map says {expected} "
+                    f"(digests.shard_xxh3_64[{shard}])",
+                )
+            )
+
+
+def _verify_source(shard_map: ShardMap, path: Path, result: VerifyResult) -> None:
+    paths = [path]
+    if len(shard_map.source) > 1:
+        paths = [path.with_name(source.name) for source in shard_map.source]
+    for file, source in zip(paths, shard_map.source, strict=True):
+        try:
+            digest = hashlib.sha256()
+            with open(file, "rb") as data:
+                while chunk := data.read(_HASH_CHUNK):
+                    digest.update(chunk)
+        except OSError as error:
+            result.bad.append(Fault(None, None, None, f"{file}: {error.strerror}"))
+            continue
+        if digest.hexdigest() != source.sha256:
+            reason = f"{file}: has SHA-256 {digest.hexdigest()}, the map says {source.sha256}"
+            result.bad.append(Fault(None, None, None, reason))
