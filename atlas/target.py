@@ -37,6 +37,8 @@ class Target:
         Whether launchers run kernels (True) or loops.
     block
         Threads per block of the simple kernels.
+    has_background
+        Whether a second thread may launch work while the first computes.
     allocated_bytes, peak_bytes
         Device memory held now, and the most ever held.
     """
@@ -44,6 +46,7 @@ class Target:
     name = "target"
     is_cuda = False
     block = 1
+    has_background = True
 
     def __init__(self) -> None:
         self.allocated_bytes = 0
@@ -77,6 +80,10 @@ class Target:
     def get(self, array: Any) -> np.ndarray:
         """A host copy of a device array."""
         raise NotImplementedError
+
+    def host_view(self, array: Any) -> np.ndarray | None:
+        """The array itself where device memory is host memory, else None."""
+        return None
 
     def synchronize(self) -> None:
         """Wait until everything launched has run."""
@@ -117,6 +124,9 @@ class CpuTarget(Target):
     def get(self, array: Any) -> np.ndarray:
         return np.array(array)
 
+    def host_view(self, array: Any) -> np.ndarray | None:
+        return array
+
     def _allocate(self, shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, Any]:
         n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         raw = np.empty(n_bytes + _ALIGNMENT, np.uint8)
@@ -129,6 +139,8 @@ class CudaTarget(Target):
 
     name = "cuda-simulator" if config.ENABLE_CUDASIM else "cuda"
     is_cuda = True
+    # The simulator swaps module globals while a kernel runs: one thread at a time.
+    has_background = not config.ENABLE_CUDASIM
     # Tiny in the simulator, where a thread is a thread of the host.
     block = 8 if config.ENABLE_CUDASIM else 128
 

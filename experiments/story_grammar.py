@@ -26,7 +26,7 @@ _CHOICE = re.compile(r"\[([^\[\]]*)\]")  # innermost first
 
 @dataclass(frozen=True)
 class Pronouns:
-    """Third-person pronouns, with capitals for the start of a sentence."""
+    """Third person singular: subject, object, possessive."""
 
     he: str
     him: str
@@ -180,11 +180,11 @@ class Scene:
 HE = Pronouns("he", "him", "his")
 SHE = Pronouns("she", "her", "her")
 
-CHILDREN = {
+CHILDREN: dict[Pronouns, tuple[str, tuple[str, ...]]] = {
     HE: ("boy", ("Tom", "Ben", "Sam", "Leo", "Max", "Finn", "Oscar", "Hugo", "Jack", "Theo")),
     SHE: ("girl", ("Lily", "Mia", "Anna", "Rosa", "Ella", "Nora", "Ruby", "Clara", "Ivy", "Emma")),
 }
-ANIMAL_NAMES = {
+ANIMAL_NAMES: dict[Pronouns, tuple[str, ...]] = {
     HE: ("Pip", "Bruno", "Otto", "Rusty", "Milo", "Basil", "Felix"),
     SHE: ("Daisy", "Hazel", "Willow", "Luna", "Poppy", "Olive", "Pearl"),
 }
@@ -327,7 +327,7 @@ def stories(seed: int) -> Iterator[str]:
 
 
 def write_story(rng: random.Random) -> str:
-    """One story of about a hundred words: sentences in one paragraph."""
+    """One story of about 150 words: sentences in one paragraph."""
     scene, plot = draw_scene(rng), rng.choice(PLOTS)
     beats = [OPENINGS, HABITS, *plot.beats, MORALS, CLOSINGS]
     templates = [rng.choice(beat).replace("{moral}", plot.moral) for beat in beats]
@@ -338,7 +338,8 @@ def draw_scene(rng: random.Random) -> Scene:
     """Draw everything that a story may name."""
     pronouns = rng.sample((HE, SHE), 2)
     adjectives = rng.sample(CHARACTER_ADJECTIVES, 2)
-    hero, friend = map(_draw_character, [rng, rng], pronouns, adjectives)
+    hero = _draw_character(rng, pronouns[0], adjectives[0])
+    friend = _draw_character(rng, pronouns[1], adjectives[1])
     place = rng.choice(PLACES)
     return Scene(
         hero=hero,

@@ -97,9 +97,9 @@ RESCUE = Plot(
         (
             "{time}, {hero} was walking {place.at} when {hero.he} heard a [small|weak|faint] "
             "voice.",
-            "{time}, as {hero} walked {place.at}, somebody called from far away.",
+            "{time}, as {hero} walked {place.at}, a voice called from far away.",
         ),
-        ('"[Help! Please help me|Is anybody there? I need help]!" [it said|cried the voice].',),
+        ('"[Help! Please help me|Is anybody there? I need help]!" [cried|called|said] the voice.',),
         (
             "{hero} ran as fast as {hero.he} could and found " + MEETING + ".",
             "{hero} followed the sound, and there was " + MEETING + ".",
@@ -116,8 +116,8 @@ RESCUE = Plot(
             '"You saved me!" said {friend}. "[What can I give you|How can I thank you]?"',
         ),
         (
-            '"[Be my friend|Come and play with me]," said {hero}, "[because I am often alone|that '
-            'is all I wish for]."',
+            '"[Be my friend|Come and play with me]," said {hero}. "[I am often alone|That is all I '
+            'wish for]."',
         ),
         (
             "{friend} [smiled|was happy], and they [shared some bread and cheese|played until the "
@@ -295,8 +295,8 @@ DISCOVERY = Plot(
             "They carried the {find.noun} home and showed it to {hero}'s {elder}.",
         ),
         (
-            '"{find.answer}" said the {elder}.',
             'The {elder} looked at it [for a long time|and smiled]. "{find.answer}"',
+            'The {elder} [nodded|laughed|was surprised]. "{find.answer}"',
         ),
         ("{find.outcome}",),
         (
@@ -313,9 +313,7 @@ NIGHT_NOISE = Plot(
             "One [dark|cold|windy] night, a strange [sound|noise] woke {hero.him}.",
             "One [dark|cold|windy] night, {hero.he} heard a knock at the [window|door].",
         ),
-        (
-            '"Is it a [monster|ghost|wolf|giant]?" {hero.he} whispered and hid under the blanket.',
-        ),
+        ('"Is it a [monster|ghost|wolf|giant]?" {hero.he} whispered and hid under the blanket.',),
         (
             "But {hero} wanted to be brave, so {hero.he} lit a [lantern|candle] and opened the "
             "door.",
@@ -391,7 +389,7 @@ LOST_WAY = Plot(
         ),
         ("Then {friend.a} stepped out from behind a tree.",),
         (
-            '"I am {friend}," said {friend.he}. "I know [every path here|these woods well]."',
+            '"I am {friend}," {friend.he} said. "I know [every path here|these woods well]."',
             '"My name is {friend}," {friend.he} said. "[Do not be afraid|I will take you home]."',
         ),
         (

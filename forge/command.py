@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -14,7 +15,8 @@ from forge.errors import GGUFShardError
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    json.dump(value, sys.stdout, ensure_ascii=False)
+    # ASCII: any terminal takes it, and names in a file may hold bytes that are not UTF-8.
+    json.dump(value, sys.stdout)
     sys.stdout.write("\n")
     sys.stdout.flush()
 
@@ -31,6 +33,8 @@ def run_command(args: argparse.Namespace) -> int:
     Errors that a user can cause (bad input, a full disk, no memory, Ctrl-C) become one line on
     stderr and exit code 1; a reader that went away ends the program quietly.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return int(args.run(args))
     except BrokenPipeError:

@@ -75,11 +75,14 @@ def read_fully(descriptor: int, buffer: memoryview, offset: int, path: object) -
     Raises
     ------
     GGUFShardError
-        If the file ends first.
+        If the file ends first or cannot be read.
     """
     done = 0
     while done < len(buffer):
-        n = os.preadv(descriptor, [buffer[done:]], offset + done)
+        try:
+            n = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise GGUFShardError(f"{path}: offset {offset + done}: {error.strerror}") from None
         if n == 0:
             raise GGUFShardError(
                 f"{path}: offset {offset + done}: the file ends, {len(buffer) - done} bytes short"
@@ -126,6 +129,10 @@ class CoreFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def fileno(self) -> int:
+        """The descriptor of the open file."""
+        return self._file.fileno()
 
     def read_pages(self, first: int, pages: np.ndarray) -> None:
         """Fill `pages`, uint8 [n, 4096], with the pages from `first` on; nothing is checked."""

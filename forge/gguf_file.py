@@ -35,6 +35,7 @@ _SCALARS: dict[int, str] = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4",
     6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
+_SHOWN_TEXT = 80
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$", re.DOTALL)
 
 
@@ -81,6 +82,12 @@ class GGUFHeader:
     tensors: tuple[TensorInfo, ...]
     header_bytes: int
     data_offset: int
+
+
+def _shown(value: Any) -> str:
+    """A value from the file, short and on one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN_TEXT else f"{text[:_SHOWN_TEXT]}..."
 
 
 class _Cursor:
@@ -175,8 +182,9 @@ def _read_metadata(cursor: _Cursor, n_kv: int) -> dict[str, Any]:
     for i in range(n_kv):
         key = cursor.string(f"key {i}", MAX_KEY_BYTES)
         if key in metadata:
-            raise cursor.fail(f"key {i}", f"{key!r} is given twice")
-        metadata[key] = _read_value(cursor, cursor.u32(f"type of {key!r}"), repr(key))
+            raise cursor.fail(f"key {i}", f"{_shown(key)} is given twice")
+        kind = cursor.u32(f"type of {_shown(key)}")
+        metadata[key] = _read_value(cursor, kind, _shown(key))
     return metadata
 
 
@@ -188,7 +196,7 @@ def _alignment(cursor: _Cursor, metadata: dict[str, Any]) -> int:
         or alignment & (alignment - 1)
     ):
         raise cursor.fail(
-            "general.alignment", f"{alignment} is not a power of two up to {MAX_ALIGNMENT}"
+            "general.alignment", f"{_shown(alignment)} is not a power of two up to {MAX_ALIGNMENT}"
         )
     return alignment
 
@@ -321,7 +329,7 @@ def read_model(path: str | os.PathLike[str]) -> list[GGUFHeader]:
         If a part is missing, is not what its name says, or two parts share a tensor.
     """
     first = read_gguf(path)
-    n_parts = first.metadata.get("split.count", 0)
+    n_parts = _split_number(first, "split.count", 0)
     if n_parts in (0, 1):
         return [first]
     match = _SPLIT_NAME.match(str(path))
@@ -340,10 +348,18 @@ def read_model(path: str | os.PathLike[str]) -> list[GGUFHeader]:
     return parts
 
 
+def _split_number(part: GGUFHeader, key: str, default: int | None = None) -> int:
+    """A number that llama.cpp's `gguf-split` wrote."""
+    value = part.metadata.get(key, default)
+    if type(value) is not int:
+        raise GGUFShardError(f"{part.name}: {key}: {_shown(value)} is not an integer")
+    return value
+
+
 def _check_parts(parts: Sequence[GGUFHeader]) -> None:
     names: set[str] = set()
     for i, part in enumerate(parts):
-        number, count = part.metadata.get("split.no"), part.metadata.get("split.count")
+        number, count = _split_number(part, "split.no"), _split_number(part, "split.count")
         if (number, count) != (i, len(parts)):
             raise GGUFShardError(
                 f"{part.name}: split.no: says part {number} of {count}, not {i} of {len(parts)}"
@@ -352,7 +368,7 @@ def _check_parts(parts: Sequence[GGUFHeader]) -> None:
             if tensor.name in names:
                 raise GGUFShardError(f"{part.name}: tensor {tensor.name!r}: in two parts")
             names.add(tensor.name)
-    total = parts[0].metadata.get("split.tensors.count", len(names))
+    total = _split_number(parts[0], "split.tensors.count", len(names))
     if total != len(names):
         raise GGUFShardError(
             f"{parts[0].name}: split.tensors.count: {total}, but the parts hold {len(names)}"

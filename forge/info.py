@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -19,14 +20,23 @@ _SHOWN_TEXT = 60
 
 def _shown(value: Any) -> Any:
     """A metadata value short enough to print."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, list):
-        head = ", ".join(str(item)[:_SHOWN_TEXT] for item in value[:_SHOWN_ITEMS])
-        return f"[{head}, ...] ({len(value)} items)" if len(value) > _SHOWN_ITEMS else value
+    if isinstance(value, np.ndarray | list):
+        head = [_shown(item) for item in list(value[:_SHOWN_ITEMS])]
+        if len(value) <= _SHOWN_ITEMS:
+            return head
+        return f"[{', '.join(map(str, head))}, ...] ({len(value)} items)"
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such numbers
     if isinstance(value, str) and len(value) > _SHOWN_TEXT:
         return value[:_SHOWN_TEXT] + f"... ({len(value)} characters)"
     return value
+
+
+def _printable(text: str) -> str:
+    """Text of a file as it may go to a terminal: control characters and stray bytes escaped."""
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def describe_gguf(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -93,16 +103,17 @@ def describe_text(facts: dict[str, Any]) -> str:
     kinds = ", ".join(f"{count} {name}" for name, count in types.most_common())
     if facts["kind"] == "gguf":
         for file in facts["files"]:
-            lines.append(f"{file['name']}: GGUF v{facts['version']}, {format_bytes(file['bytes'])}")
-        lines += [f"  {key} = {value}" for key, value in facts["metadata"].items()]
+            size = format_bytes(file["bytes"])
+            lines.append(f"{_printable(file['name'])}: GGUF v{facts['version']}, {size}")
+        lines += [_printable(f"  {key} = {value}") for key, value in facts["metadata"].items()]
         lines.append(f"{len(facts['tensors'])} tensors ({kinds})")
         lines += [
-            f"  {t['name']:<34} {t['type']:<8} {t['shape']} {format_bytes(t['bytes'])}"
+            f"  {_printable(t['name']):<34} {t['type']:<8} {t['shape']} {format_bytes(t['bytes'])}"
             for t in facts["tensors"]
         ]
         return "\n".join(lines)
     for source in facts["source"]:
-        lines.append(f"source {source['name']}: {format_bytes(source['bytes'])}")
+        lines.append(f"source {_printable(source['name'])}: {format_bytes(source['bytes'])}")
         lines.append(f"  sha256 {source['sha256']}")
     lines.append(
         f"{facts['pages']} pages in {facts['shards']} shards of {facts['pages_per_shard']}, "
@@ -114,7 +125,7 @@ def describe_text(facts: dict[str, Any]) -> str:
         lines.append(f"  zone {zone['zone']:<6} pages {zone['first_page']}..{end}")
     lines.append(f"{len(facts['tensors'])} tensors ({kinds})")
     lines += [
-        f"  {t['name']:<34} {t['type']:<8} {t['shape']} {t['pages']} pages, {t['zone']}"
+        f"  {_printable(t['name']):<34} {t['type']:<8} {t['shape']} {t['pages']} pages, {t['zone']}"
         for t in facts["tensors"]
     ]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ if __package__ in (None, ""):  # run as a script: the project's root is one fold
 
 from forge.block_layouts import MEMORY_LAYOUTS
 from forge.command import print_json, run_command
+from forge.errors import GGUFShardError
 from forge.info import describe, describe_text
 from forge.restore import restore_model
 from forge.sgmap import CACHE_POLICIES
@@ -28,8 +30,21 @@ from forge.verify import verify_model
 def _pages_per_shard(text: str) -> int | None:
     if text == "auto":
         return None
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number")
+    return _checked(lambda n: ShardOptions(pages_per_shard=n), text)
+
+
+def _prefetch_distance(text: str) -> int:
+    return _checked(lambda n: ShardOptions(prefetch_distance=n), text)
+
+
+def _checked(check: Callable[[int], Any], text: str) -> int:
+    """The number in `text`, if `check` takes it: otherwise the usage is wrong, exit code 2."""
+    try:
+        check(int(text))
+    except GGUFShardError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     return int(text)
 
 
@@ -105,7 +120,7 @@ def add_commands(commands: Any) -> None:
                    help="how blocks lie in a page (default: column_major)")  # fmt: skip
     p.add_argument("--policy", choices=CACHE_POLICIES, default="lru",
                    help="default cache policy written to the map (default: lru)")  # fmt: skip
-    p.add_argument("--prefetch-distance", type=int, default=8, metavar="N",
+    p.add_argument("--prefetch-distance", type=_prefetch_distance, default=8, metavar="N",
                    help="shards to read ahead (default: 8)")  # fmt: skip
     p.add_argument("--pages-per-shard", type=_pages_per_shard, default=None, metavar="N|auto",
                    help="a power of two up to 256 (default: auto)")  # fmt: skip

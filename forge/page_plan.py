@@ -94,6 +94,8 @@ def zone_of(tensor: TensorInfo, has_output: bool) -> str:
     Vectors and router gates are small and touched by every token; expert matrices and the rows
     of an embedding that is not also the output matrix mostly are not.
     """
+    if _is_expert(tensor):  # even one of vectors: each expert starts on a shard of its own
+        return "cold"
     is_vector = all(extent == 1 for extent in tensor.shape[1:])
     is_router = tensor.name.endswith("ffn_gate_inp.weight")
     if (is_vector or is_router) and tensor.bytes <= _MAX_HIGH_BYTES:

@@ -208,5 +208,6 @@ def _check_sizes(blocks: np.ndarray, layout: BlockLayout, pages: np.ndarray) -> 
         raise ValueError(
             f"{blocks.size} bytes of {layout.ggml_type.name} do not fill pages {pages.shape}"
         )
-    if blocks.dtype != np.uint8 or pages.dtype != np.uint8:
-        raise TypeError("blocks and pages must be uint8")
+    for array in (blocks, pages):  # the loops see addresses alone
+        if array.dtype != np.uint8 or not array.flags.c_contiguous:
+            raise TypeError("blocks and pages must be contiguous uint8")

@@ -31,6 +31,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether `path` is a name of the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def finish_pending(descriptor: int, path: Path) -> None:
+    """Put the complete `NAME.new` that is open as `descriptor` in the place of `path`.
+
+    A writer that is still alive is waited for: it does so itself, or takes its file away.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    if is_at(descriptor, pending_path(path)):
+        os.replace(pending_path(path), path)
+        sync_folder(path.parent)
+
+
 class PendingFile:
     """A file that replaces `path` when, and only when, `commit` is called.
 
@@ -46,8 +65,8 @@ class PendingFile:
     Raises
     ------
     GGUFShardError
-        If the file exists, the folder cannot be written, the disk is too full, or another process
-        is writing the same file.
+        If the file exists, is not a regular one, the folder cannot be written, the disk is too
+        full, or another process is writing the same file.
     """
 
     def __init__(self, path: str | os.PathLike[str], n_bytes: int, force: bool = False) -> None:
@@ -55,6 +74,8 @@ class PendingFile:
         self.pending = pending_path(self.path)
         if self.path.is_dir():
             raise GGUFShardError(f"{self.path}: is a folder")
+        if self.path.exists() and not self.path.is_file():
+            raise GGUFShardError(f"{self.path}: is not a regular file")
         if self.path.exists() and not force:
             raise GGUFShardError(f"{self.path}: exists already (--force replaces it)")
         try:
@@ -67,21 +88,32 @@ class PendingFile:
         except OSError as error:
             raise GGUFShardError(f"{self.pending}: {error.strerror}") from None
         self._open = True
+        self._keep = False
+        self._lock()
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._close()
-            raise GGUFShardError(f"{self.pending}: another process is writing it") from None
-        os.ftruncate(self._descriptor, 0)
-        os.ftruncate(self._descriptor, n_bytes)
+            os.ftruncate(self._descriptor, 0)
+            os.ftruncate(self._descriptor, n_bytes)
+        except OSError as error:
+            self._discard()
+            raise GGUFShardError(f"{self.pending}: {error.strerror}") from None
 
     def __enter__(self) -> PendingFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._open:
-            self.pending.unlink(missing_ok=True)
+            self._discard()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The writer before us may have moved the file between our opening and our lock.
+            locked = is_at(self._descriptor, self.pending)
+        except OSError:
+            locked = False
+        if not locked:
             self._close()
+            raise GGUFShardError(f"{self.pending}: another process is writing it")
 
     def write(self, data: bytes | np.ndarray, offset: int) -> None:
         """Write all of `data` at byte `offset`.
@@ -113,6 +145,31 @@ class PendingFile:
         sync_folder(self.path.parent)
         self._close()
 
+    def _discard(self) -> None:
+        if not self._keep and is_at(self._descriptor, self.pending):
+            self.pending.unlink()
+        self._close()
+
     def _close(self) -> None:
-        os.close(self._descriptor)
         self._open = False
+        os.close(self._descriptor)
+
+
+def commit_together(first: PendingFile, *others: PendingFile) -> None:
+    """Commit files that belong together: the rename of the first decides.
+
+    All are durable before it. If anything fails after it, the others stay behind complete, as
+    `NAME.new`, for `finish_pending`; before it, nothing has happened.
+    """
+    for file in (first, *others):
+        file.sync()
+    for file in others:
+        file._keep = True
+    try:
+        first.commit()
+    except BaseException:
+        for file in others:
+            file._keep = is_at(first._descriptor, first.path)
+        raise
+    for file in others:
+        file.commit()

@@ -17,7 +17,6 @@ def progress_bar(n_bytes: int, label: str, show: bool) -> Iterator[Callable[[int
         total=n_bytes, desc=label, unit="B", unit_scale=True, disable=disable, leave=False
     ) as bar:
 
-
         def advance(n: int) -> None:
             bar.update(n)
 

@@ -163,7 +163,7 @@ def restore_model(
     with ShardedModel(map_path) as model, ExitStack() as stack:
         paths = _output_paths(Path(output), len(model.map.source))
         for path in paths:
-            if path.exists() and path.samefile(model.core.path):
+            if path.exists() and any(map(path.samefile, (model.map_path, model.core.path))):
                 raise GGUFShardError(f"{path}: is the sharded model itself")
         total = sum(source.bytes for source in model.map.source)
         advance = stack.enter_context(progress_bar(total, "restore", progress))

@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from gguf import GGMLQuantizationType
@@ -39,6 +38,12 @@ from forge.sgmap import (
 
 MAX_MAP_BYTES = 64 << 20
 _MAX_INT = 1 << 62
+_SHOWN_TEXT = 80
+
+
+def _shown(value: Any) -> str:
+    """A value or a name from the file, short and on one line."""
+    return ascii(value)[:_SHOWN_TEXT]
 
 
 class _Reader:
@@ -58,7 +63,7 @@ class _Reader:
                 raise self.fail(f"{field}.{name}".lstrip("."), "is missing")
         for name in value:
             if name not in names:
-                raise self.fail(f"{field}.{name}".lstrip("."), "is not known")
+                raise self.fail(f"{field}.{_shown(name)}".lstrip("."), "is not known")
         return [value[name] for name in names]
 
     def items(self, value: Any, field: str) -> list[Any]:
@@ -68,17 +73,17 @@ class _Reader:
 
     def integer(self, value: Any, field: str, low: int = 0, high: int = _MAX_INT) -> int:
         if type(value) is not int or not low <= value <= high:
-            raise self.fail(field, f"{str(value)[:40]} is not an integer within {low}..{high}")
+            raise self.fail(field, f"{_shown(value)} is not an integer within {low}..{high}")
         return value
 
     def choice(self, value: Any, field: str, allowed: Sequence[str]) -> str:
         if value not in allowed:
-            raise self.fail(field, f"{str(value)[:40]!r} is none of {', '.join(allowed)}")
+            raise self.fail(field, f"{_shown(value)} is none of {', '.join(allowed)}")
         return str(value)
 
     def text(self, value: Any, field: str, pattern: str) -> str:
         if not isinstance(value, str) or not re.fullmatch(pattern, value, re.DOTALL):
-            raise self.fail(field, f"{str(value)[:80]!r} is not of the form {pattern}")
+            raise self.fail(field, f"{_shown(value)} is not of the form {pattern}")
         return value
 
 
@@ -87,7 +92,7 @@ def _parse_json(data: bytes, path: object) -> Any:
         members = dict(pairs)
         if len(members) != len(pairs):
             twice = next(key for key, _ in pairs if sum(k == key for k, _ in pairs) > 1)
-            raise GGUFShardError(f"{path}: field {twice}: is given twice")
+            raise GGUFShardError(f"{path}: field {_shown(twice)}: is given twice")
         return members
 
     try:
@@ -112,10 +117,8 @@ def load_map(path: str | os.PathLike[str]) -> ShardMap:
         message names the field.
     """
     try:
-        size = os.stat(path).st_size
-        if size > MAX_MAP_BYTES:
-            raise GGUFShardError(f"{path}: {size} bytes are more than a map may have")
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(MAX_MAP_BYTES + 1)
     except OSError as error:
         raise GGUFShardError(f"{path}: {error.strerror}") from None
     return parse_map(data, path)
@@ -123,6 +126,8 @@ def load_map(path: str | os.PathLike[str]) -> ShardMap:
 
 def parse_map(data: bytes, path: object) -> ShardMap:
     """`load_map` of bytes already read; `path` is what errors call them."""
+    if len(data) > MAX_MAP_BYTES:
+        raise GGUFShardError(f"{path}: a map has at most {MAX_MAP_BYTES} bytes")
     read = _Reader(path)
     document = _parse_json(data, path)
     *sections, digests = read.members(document, "", (*SECTIONS, "digests"))

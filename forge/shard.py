@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from forge.page_plan import (
     plan_pages,
 )
 from forge.pages import PAGE_BYTES, pack_blocks, pack_raw, tag_pages
-from forge.pending_file import PendingFile
+from forge.pending_file import PendingFile, commit_together
 from forge.pipeline import in_order
 from forge.progress import progress_bar
 from forge.sgmap import (
@@ -54,7 +55,9 @@ from forge.sgmap import (
     TensorEntry,
     render_map,
 )
+from forge.sgmap_reader import parse_map
 from forge.shard_scan import scan_shards
+from forge.sharded_model import ShardedModel
 
 _CHUNK_PAGES = 1024
 _ZERO_CHUNK = 4 << 20
@@ -226,7 +229,6 @@ def _write_pages(
     with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as packer:
         for number, source in enumerate(sources):
             digest = hashlib.sha256()
-
             size = source.header.file_bytes
             chunks = _chunks(plan, number, size, writer.memory_layout)
             read = _read_and_hash(chunks, source, digest, hasher)
@@ -280,6 +282,46 @@ def _check_written(file: PendingFile, plan: PagePlan, page_crc32: np.ndarray,
         return scan_shards(core, plan.pages_per_shard, page_crc32, report, advance)
 
 
+def _check_map_fits(
+    plan: PagePlan, parts: Sequence[GGUFHeader], options: ShardOptions, path: Path
+) -> None:
+    """Refuse before any work what a reader of the map would refuse after it.
+
+    The map is read with blank digests, which are as long as the real ones.
+    """
+    source = [SourcePart(os.path.basename(p.name), p.file_bytes, "0" * 64) for p in parts]
+    digests = ["0" * 16] * -(-plan.n_pages // plan.pages_per_shard)
+    parse_map(render_map(_build_map(plan, parts, source, options, digests, "0" * 32)), path)
+
+
+def _write_model(
+    plan: PagePlan,
+    sources: Sequence[_SourceFile],
+    options: ShardOptions,
+    map_file: PendingFile,
+    pages_file: PendingFile,
+    progress: bool,
+) -> None:
+    """Fill and check both files, then let them take their places."""
+    parts = [source.header for source in sources]
+    total = sum(part.file_bytes for part in parts) + plan.n_pages * PAGE_BYTES
+    with progress_bar(total, "shard", progress) as advance:
+        writer = _PageWriter(pages_file, plan, options.memory_layout)
+        source = _write_pages(writer, sources, plan, advance)
+        table = writer.page_crc32.astype("<u4").tobytes()
+        pages_file.write(core_header(plan.n_pages), 0)
+        pages_file.write(
+            table.ljust(crc_table_bytes(plan.n_pages), b"\0"), page_offset(plan.n_pages)
+        )
+        digests = _check_written(pages_file, plan, writer.page_crc32, advance)
+        table_digest = crc_table_digest(writer.page_crc32)
+        shard_map = _build_map(plan, parts, source, options, digests, table_digest)
+        map_file.write(render_map(shard_map), 0)
+        # Before the map's rename the old pair stands; after it, opening the map finishes what a
+        # dead writer could not.
+        commit_together(map_file, pages_file)
+
+
 def shard_model(
     model: str | os.PathLike[str],
     folder: str | os.PathLike[str] = ".",
@@ -326,28 +368,13 @@ def shard_model(
     try:
         padding = [_nonzero_ranges(source) for source in sources]
         plan = plan_pages(parts, padding, options.memory_layout, options.pages_per_shard)
-        total = sum(part.file_bytes for part in parts) + plan.n_pages * PAGE_BYTES
-        with (
-            PendingFile(map_path, 0, force) as map_file,
-            PendingFile(pages_path, core_bytes(plan.n_pages), force) as pages_file,
-            progress_bar(total, "shard", progress) as advance,
-        ):
-            writer = _PageWriter(pages_file, plan, options.memory_layout)
-            source = _write_pages(writer, sources, plan, advance)
-            table = writer.page_crc32.astype("<u4").tobytes()
-            pages_file.write(core_header(plan.n_pages), 0)
-            pages_file.write(
-                table.ljust(crc_table_bytes(plan.n_pages), b"\0"), page_offset(plan.n_pages)
-            )
-            digests = _check_written(pages_file, plan, writer.page_crc32, advance)
-            table_digest = crc_table_digest(writer.page_crc32)
-            shard_map = _build_map(plan, parts, source, options, digests, table_digest)
-            map_file.write(render_map(shard_map), 0)
-            pages_file.sync()
-            # The map's rename decides: before it the old pair stands, after it `open_core`
-            # finishes what a dead writer could not.
-            map_file.commit()
-            pages_file.commit()
+        _check_map_fits(plan, parts, options, map_path)
+        with PendingFile(map_path, 0, force) as map_file:
+            # `core.gguf.new` may hold the pages of the map that stands: not ours to take over.
+            with suppress(GGUFShardError):
+                ShardedModel(map_path).close()
+            with PendingFile(pages_path, core_bytes(plan.n_pages), force) as pages_file:
+                _write_model(plan, sources, options, map_file, pages_file, progress)
     finally:
         for opened in sources:
             opened.close()

@@ -11,25 +11,38 @@ from forge.core_file import CoreFile
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader, parse_header
 from forge.pages import PAGE_BYTES, unpack_raw
-from forge.pending_file import pending_path, sync_folder
-from forge.sgmap import RawSegment, core_path
+from forge.pending_file import finish_pending, pending_path
+from forge.sgmap import RawSegment, ShardMap, core_path
 from forge.sgmap_reader import load_map
 from forge.shard_scan import check_pages
 
 
-def _finish_interrupted_write(map_path: Path, n_pages: int, digest: str) -> None:
-    """Put pages in place whose map was committed just before their writer died."""
-    pages_path = core_path(map_path)
-    pending = pending_path(pages_path)
-    if not pending.exists():
-        return
+def _open_table(path: Path, shard_map: ShardMap) -> tuple[CoreFile, np.ndarray]:
+    """The file of pages that a map speaks of, and its table of CRCs."""
+    core = CoreFile(path, shard_map.n_pages)
     try:
-        with CoreFile(pending, n_pages) as core:
-            core.read_crc_table(digest)
+        return core, core.read_crc_table(shard_map.page_crc32_xxh3_128)
     except GGUFShardError:
-        return  # a writer's work in progress, or its remains: not what this map speaks of
-    os.replace(pending, pages_path)
-    sync_folder(pages_path.parent)
+        core.close()
+        raise
+
+
+def _finish_interrupted_write(path: Path, shard_map: ShardMap) -> None:
+    """Put pages in place whose map was committed just before their writer died."""
+    try:
+        core, _ = _open_table(pending_path(path), shard_map)
+    except GGUFShardError:
+        return  # none, or a writer's work in progress, or its remains: not what the map speaks of
+    with core:
+        finish_pending(core.fileno(), path)
+
+
+def _open_core(path: Path, shard_map: ShardMap) -> tuple[CoreFile, np.ndarray]:
+    try:
+        return _open_table(path, shard_map)
+    except GGUFShardError:
+        _finish_interrupted_write(path, shard_map)
+        return _open_table(path, shard_map)
 
 
 class ShardedModel:
@@ -58,14 +71,7 @@ class ShardedModel:
     def __init__(self, map_path: str | os.PathLike[str]) -> None:
         self.map_path = Path(map_path)
         self.map = load_map(self.map_path)
-        digest = self.map.page_crc32_xxh3_128
-        _finish_interrupted_write(self.map_path, self.map.n_pages, digest)
-        self.core = CoreFile(core_path(self.map_path), self.map.n_pages)
-        try:
-            self.page_crc32 = self.core.read_crc_table(digest)
-        except GGUFShardError:
-            self.core.close()
-            raise
+        self.core, self.page_crc32 = _open_core(core_path(self.map_path), self.map)
 
     def __enter__(self) -> ShardedModel:
         return self

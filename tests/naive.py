@@ -81,3 +81,51 @@ class LruCache:
             self.resident.popitem(last=self.newest_first)
         self.resident[shard] = None
         return False
+
+
+# ---- compute: products, norms, positions, activations, attention; all in float64 ----
+
+
+def matvec(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """[n_rows, n_cols] times [n_cols], row by row."""
+    return np.array([np.sum(row.astype(np.float64) * x.astype(np.float64)) for row in weights])
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """Each row of [n_tokens, n] over its root mean square, times [n]."""
+    x = x.astype(np.float64)
+    return np.array([row / np.sqrt(np.mean(row * row) + eps) * weight for row in x])
+
+
+def rope(x: np.ndarray, position: int, frequencies: np.ndarray, interleaved: bool) -> np.ndarray:
+    """Pairs of [n_tokens, n_head, head_dim] as complex numbers, turned."""
+    out = x.astype(np.float64)
+    n_pairs = len(frequencies)
+    for t in range(x.shape[0]):
+        for head in range(x.shape[1]):
+            for i in range(n_pairs):
+                first, second = (2 * i, 2 * i + 1) if interleaved else (i, i + n_pairs)
+                pair = complex(x[t, head, first], x[t, head, second])
+                pair *= np.exp(1j * (position + t) * float(frequencies[i]))
+                out[t, head, first], out[t, head, second] = pair.real, pair.imag
+    return out
+
+
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """silu(gate) * up."""
+    gate = gate.astype(np.float64)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int) -> np.ndarray:
+    """Causal softmax attention, [n_tokens, n_head, head_dim] over [n_context, n_head_kv, ...]."""
+    n_tokens, n_head, head_dim = q.shape
+    group = n_head // keys.shape[1]
+    out = np.empty(q.shape)
+    for t in range(n_tokens):
+        seen = slice(0, position + t + 1)
+        for head in range(n_head):
+            scores = keys[seen, head // group].astype(np.float64) @ q[t, head] / np.sqrt(head_dim)
+            weights = np.exp(scores - scores.max())
+            out[t, head] = weights @ values[seen, head // group] / weights.sum()
+    return out

@@ -10,7 +10,7 @@ in `forge.block_layouts`.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,9 @@ from forge.pages import PAGE_BYTES
 _TWO_TO_112 = np.float32(2.0**112)
 
 
-@lru_cache(maxsize=None)
+@cache
 def field_places(layout: BlockLayout) -> tuple[int, ...]:
-    """Offset and stride of each field of a block, one after the other, as compiled code takes it."""
+    """Offset and stride of each field, one after the other, as compiled code takes them."""
     return tuple(n for field in layout.fields for n in (field.page_offset, field.page_stride))
 
 
@@ -47,7 +47,8 @@ def _field(page, places, f, slot):
 
 @cached_njit()
 def _word16(frames, address):
-    return np.uint32(np.uint32(frames[address]) | np.uint32(np.uint32(frames[address + 1]) << np.uint32(8)))
+    low, high = np.uint32(frames[address]), np.uint32(frames[address + 1])
+    return np.uint32(low | np.uint32(high << np.uint32(8)))
 
 
 @cached_njit()
@@ -70,6 +71,11 @@ def _half(frames, address):
 @cached_njit()
 def _nibble(byte, high):
     return np.int32((np.int32(byte) >> np.int32(4 * high)) & np.int32(15))
+
+
+@cached_njit()
+def _bit(byte, i):
+    return np.int32((np.int32(byte) >> np.int32(i)) & np.int32(1))
 
 
 @cached_njit()
@@ -107,7 +113,7 @@ def value_q4_0(frames, page, places, slot, i):
 @cached_njit()
 def value_q5_0(frames, page, places, slot, i):
     d = _half(frames, _field(page, places, 0, slot))
-    fifth = (np.int32(frames[_field(page, places, 1, slot) + i // 8]) >> np.int32(i % 8)) & np.int32(1)
+    fifth = _bit(frames[_field(page, places, 1, slot) + i // 8], i % 8)
     quant = _nibble(frames[_field(page, places, 2, slot) + i % 16], i // 16)
     return np.float32(d * np.float32((quant | (fifth << np.int32(4))) - np.int32(16)))
 
@@ -143,7 +149,7 @@ def value_q4_k(frames, page, places, slot, i):
 def value_q5_k(frames, page, places, slot, i):
     sub = i // 32
     quant = _nibble(frames[_field(page, places, 4, slot) + sub // 2 * 32 + i % 32], sub % 2)
-    fifth = (np.int32(frames[_field(page, places, 3, slot) + i % 32]) >> np.int32(sub)) & np.int32(1)
+    fifth = _bit(frames[_field(page, places, 3, slot) + i % 32], sub)
     return _k_value(frames, page, places, slot, sub, quant | (fifth << np.int32(4)))
 
 
@@ -189,7 +195,7 @@ _BLOCK_VALUES: dict[GGMLQuantizationType, Any] = {
 MATRIX_VALUES = {kind: _matrix_value(body) for kind, body in _BLOCK_VALUES.items()}
 
 
-def matrix_arguments(cache: PageCache, w: PagedMatrix) -> tuple[Any, ...]:
+def matrix_arguments(page_cache: PageCache, w: PagedMatrix) -> tuple[Any, ...]:
     """What loops and kernels take to find a matrix, in the order of `MATRIX_VALUES`.
 
     Raises
@@ -204,9 +210,9 @@ def matrix_arguments(cache: PageCache, w: PagedMatrix) -> tuple[Any, ...]:
             f"tensor {w.name}: cannot compute with {layout.ggml_type.name}, only with {names}"
         )
     return (
-        cache.frames,
-        cache.table,
-        cache.shard_shift,
+        page_cache.frames,
+        page_cache.table,
+        page_cache.shard_shift,
         w.first_page,
         layout.per_page,
         layout.elements,

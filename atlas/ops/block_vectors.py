@@ -4,9 +4,13 @@ Numba's own loops over packed quants do not vectorise, so the code of a run of b
 as LLVM vector operations. They are the portable ones (widen, convert, multiply-add; no
 processor's own), which LLVM turns into AVX2, AVX-512 or NEON.
 
-A type is a function that decodes one block (or sixteen plain elements) into float32 vectors; from
-it come `dot_run`, which never leaves the registers, and `decode_run`, which stores. The formulas
-are those of ggml's `ggml-quants.c`; `atlas.ops.block_values` holds them as scalars.
+A type is a function that decodes one block (or some plain elements) into float32 vectors; from it
+come `dot_run`, which never leaves the registers, and `decode_run`, which stores. The formulas are
+those of ggml's `ggml-quants.c`; `atlas.ops.block_values` holds them as scalars.
+
+Hardware prefetchers stop at the end of a page and see a page's planes as unrelated streams, so
+while a block is decoded its like in the next page is asked for. That is the next one in the pool,
+which is the next one of the matrix but at the end of a shard.
 
 The compiler picks the type by the literal `kind`, a `GGMLQuantizationType` as an integer, so only
 types in use are compiled. `places` is `block_values.field_places(layout)`.
@@ -24,19 +28,25 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from forge.block_layouts import block_layout
+from forge.pages import PAGE_BYTES
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
 _WIDTH = 16
+_CACHE_LINE = 64
 _ACCUMULATORS = 4  # independent sums: the next multiply-add need not wait for the last
 
 
-class _Group(NamedTuple):
-    """Values of a block from element `offset` on: scale * quants - minimum."""
+class _Run(NamedTuple):
+    """Values of a block from element `offset` on: scale * quants - minimum.
+
+    `quants` are consecutive vectors, `scale` and `minimum` vectors with all lanes alike; None
+    stands for 1 and for 0.
+    """
 
     offset: int
-    quants: Any
-    scale: Any
+    quants: Sequence[Any]
+    scale: Any = None
     minimum: Any = None
 
 
@@ -46,11 +56,18 @@ class _Emitter:
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.b = builder
 
+    def pointer(self, address: Any) -> Any:
+        return self.b.inttoptr(address, _I8.as_pointer())
+
     def load(self, pointer: Any, offset: int, element: Any, count: int | None = None) -> Any:
         """`count` elements (a scalar if None) at a byte offset; no alignment is assumed."""
         kind = element if count is None else ir.VectorType(element, count)
         place = self.b.gep(pointer, [_I64(offset)])
         return self.b.load(self.b.bitcast(place, kind.as_pointer()), align=1)
+
+    def store(self, vector: Any, pointer: Any, offset: int) -> None:
+        place = self.b.gep(pointer, [_I64(offset)])
+        self.b.store(vector, self.b.bitcast(place, vector.type.as_pointer()), align=4)
 
     def constant(self, like: Any, value: int) -> Any:
         return ir.Constant(like.type, [value] * like.type.count)
@@ -72,11 +89,14 @@ class _Emitter:
         wide = self.b.sext(quants, ir.VectorType(_I32, count))
         return self.b.sitofp(wide, ir.VectorType(_FLOAT, count))
 
-    def half(self, pointer: Any) -> Any:
-        """The float16 at a pointer, as float32."""
-        return self.b.fpext(self.load(pointer, 0, _HALF), _FLOAT)
+    def half(self, pointer: Any, count: int = _WIDTH) -> Any:
+        """The float16 at a pointer, as float32 in all lanes."""
+        # Spread before converting: a lone half would be loaded into a register whose other
+        # lanes make it wait for what was there before, the running sum as it happens.
+        halves = self.splat(self.load(pointer, 0, _HALF), count)
+        return self.b.fpext(halves, ir.VectorType(_FLOAT, count))
 
-    def splat(self, scalar: Any, count: int = _WIDTH) -> Any:
+    def splat(self, scalar: Any, count: int) -> Any:
         kind = ir.VectorType(scalar.type, count)
         first = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, _I32(0))
         return self.shuffle(first, first, [0] * count)
@@ -96,6 +116,16 @@ class _Emitter:
         function = cgutils.get_or_insert_function(self.b.module, signature, name)
         return self.b.call(function, [first, second, addend])
 
+    def prefetch(self, address: Any, size: int) -> None:
+        """Ask for `size` bytes at an address; any address will do."""
+        pointer = _I8.as_pointer()
+        function = self.b.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        )
+        for offset in range(0, size, _CACHE_LINE):
+            place = self.b.gep(self.pointer(address), [_I64(offset)])
+            self.b.call(function, [place, _I32(0), _I32(3), _I32(1)])  # to read, keep, data
+
     def sum(self, vector: Any) -> Any:
         """Sum of the lanes, by halves."""
         count = vector.type.count
@@ -107,26 +137,26 @@ class _Emitter:
         return self.b.extract_element(vector, _I32(0))
 
 
-def _decode_q8_0(e: _Emitter, d: Any, qs: Any) -> Iterator[_Group]:
-    scale = e.splat(e.half(d))
-    for offset in (0, 16):
-        yield _Group(offset, e.floats(e.load(qs, offset, _I8, 16)), scale)
+def _decode_q8_0(e: _Emitter, d: Any, qs: Any) -> Iterator[_Run]:
+    scale = e.half(d)
+    yield _Run(0, [e.floats(e.load(qs, offset, _I8, 16)) for offset in (0, 16)], scale)
 
 
-def _decode_q4_0(e: _Emitter, d: Any, qs: Any) -> Iterator[_Group]:
-    scale = e.splat(e.half(d))
+def _decode_q4_0(e: _Emitter, d: Any, qs: Any) -> Iterator[_Run]:
+    scale = e.half(d)
     packed = e.load(qs, 0, _I8, 16)
-    yield _Group(0, e.floats(e.low_bits(packed, 4), 8), scale)
-    yield _Group(16, e.floats(e.shift_right(packed, 4), 8), scale)
+    nibbles = (e.low_bits(packed, 4), e.shift_right(packed, 4))
+    yield _Run(0, [e.floats(quants, 8) for quants in nibbles], scale)
 
 
-def _decode_q5_0(e: _Emitter, d: Any, qh: Any, qs: Any) -> Iterator[_Group]:
-    scale = e.splat(e.half(d))
+def _decode_q5_0(e: _Emitter, d: Any, qh: Any, qs: Any) -> Iterator[_Run]:
+    scale = e.half(d)
     packed = e.load(qs, 0, _I8, 16)
-    for offset, low in ((0, e.low_bits(packed, 4)), (16, e.shift_right(packed, 4))):
-        fifth = e.b.bitcast(e.load(qh, offset // 8, _I16), ir.VectorType(ir.IntType(1), 16))
-        quants = e.b.or_(low, e.shift_left(e.b.zext(fifth, low.type), 4))
-        yield _Group(offset, e.floats(quants, 16), scale)
+    quants = []
+    for half, low in enumerate((e.low_bits(packed, 4), e.shift_right(packed, 4))):
+        fifth = e.b.bitcast(e.load(qh, 2 * half, _I16), ir.VectorType(ir.IntType(1), 16))
+        quants.append(e.b.or_(low, e.shift_left(e.b.zext(fifth, low.type), 4)))
+    yield _Run(0, [e.floats(vector, 16) for vector in quants], scale)
 
 
 def _k_scales(e: _Emitter, d: Any, dmin: Any, scales: Any) -> tuple[Any, Any]:
@@ -141,37 +171,38 @@ def _k_scales(e: _Emitter, d: Any, dmin: Any, scales: Any) -> tuple[Any, Any]:
         top = e.shift_left(e.shift_right(low, 6), 4)
         planes.append(e.shuffle(e.low_bits(low, 6), e.b.or_(high, top), range(8)))
     return (
-        e.b.fmul(e.floats(planes[0]), e.splat(e.half(d), 8)),
-        e.b.fmul(e.floats(planes[1]), e.splat(e.half(dmin), 8)),
+        e.b.fmul(e.floats(planes[0]), e.half(d, 8)),
+        e.b.fmul(e.floats(planes[1]), e.half(dmin, 8)),
     )
 
 
-def _decode_q4_k(e: _Emitter, d: Any, dmin: Any, scales: Any, qs: Any) -> Iterator[_Group]:
-    scale, minimum = _k_scales(e, d, dmin, scales)
-    for sub in range(8):
-        for half in (0, 16):
-            packed = e.load(qs, sub // 2 * 32 + half, _I8, 16)
-            quants = e.shift_right(packed, 4) if sub % 2 else e.low_bits(packed, 4)
-            yield _Group(sub * 32 + half, e.floats(quants), e.lane(scale, sub),
-                         e.lane(minimum, sub))  # fmt: skip
+def _k_nibbles(e: _Emitter, qs: Any, sub: int, half: int) -> Any:
+    """Sixteen quants of sub-block `sub`: two sub-blocks share 32 bytes, low nibbles first."""
+    packed = e.load(qs, sub // 2 * 32 + half, _I8, 16)
+    return e.shift_right(packed, 4) if sub % 2 else e.low_bits(packed, 4)
 
 
-def _decode_q5_k(
-    e: _Emitter, d: Any, dmin: Any, scales: Any, qh: Any, qs: Any
-) -> Iterator[_Group]:
+def _decode_q4_k(e: _Emitter, d: Any, dmin: Any, scales: Any, qs: Any) -> Iterator[_Run]:
     scale, minimum = _k_scales(e, d, dmin, scales)
     for sub in range(8):
+        quants = [e.floats(_k_nibbles(e, qs, sub, half)) for half in (0, 16)]
+        yield _Run(sub * 32, quants, e.lane(scale, sub), e.lane(minimum, sub))
+
+
+def _decode_q5_k(e: _Emitter, d: Any, dmin: Any, scales: Any, qh: Any, qs: Any) -> Iterator[_Run]:
+    scale, minimum = _k_scales(e, d, dmin, scales)
+    for sub in range(8):
+        quants = []
         for half in (0, 16):
-            packed = e.load(qs, sub // 2 * 32 + half, _I8, 16)
-            low = e.shift_right(packed, 4) if sub % 2 else e.low_bits(packed, 4)
             fifth = e.low_bits(e.shift_right(e.load(qh, half, _I8, 16), sub), 1)
-            quants = e.b.or_(low, e.shift_left(fifth, 4))
-            yield _Group(sub * 32 + half, e.floats(quants), e.lane(scale, sub),
-                         e.lane(minimum, sub))  # fmt: skip
+            quants.append(e.b.or_(_k_nibbles(e, qs, sub, half), e.shift_left(fifth, 4)))
+        yield _Run(
+            sub * 32, [e.floats(q) for q in quants], e.lane(scale, sub), e.lane(minimum, sub)
+        )
 
 
-def _decode_q6_k(e: _Emitter, qs: Any, qh: Any, scales: Any, d: Any) -> Iterator[_Group]:
-    scale = e.b.fmul(e.floats(e.load(scales, 0, _I8, 16)), e.splat(e.half(d)))
+def _decode_q6_k(e: _Emitter, qs: Any, qh: Any, scales: Any, d: Any) -> Iterator[_Run]:
+    scale = e.b.fmul(e.floats(e.load(scales, 0, _I8, 16)), e.half(d))
     for group in range(16):
         # A half of the block (128 values) is four runs of 32: the low nibbles of 64 bytes,
         # then the high ones; each run has its own two bits of the 32 bytes of `qh`.
@@ -180,7 +211,7 @@ def _decode_q6_k(e: _Emitter, qs: Any, qh: Any, scales: Any, d: Any) -> Iterator
         low = e.shift_right(packed, 4) if run >= 2 else e.low_bits(packed, 4)
         high = e.shift_right(e.load(qh, half * 32 + part, _I8, 16), 2 * run)
         quants = e.b.or_(low, e.shift_left(e.low_bits(high, 2), 4))
-        yield _Group(group * 16, e.floats(quants, 32), e.lane(scale, group))
+        yield _Run(group * 16, [e.floats(quants, 32)], e.lane(scale, group))
 
 
 def _load_f32(e: _Emitter, pointer: Any, count: int) -> Any:
@@ -198,7 +229,7 @@ def _load_bf16(e: _Emitter, pointer: Any, count: int) -> Any:
 
 _Q = GGMLQuantizationType
 #: Block types: the fields of one block, in the order of its struct, to groups of values.
-_DECODERS: dict[_Q, Callable[..., Iterator[_Group]]] = {
+_DECODERS: dict[_Q, Callable[..., Iterator[_Run]]] = {
     _Q.Q4_0: _decode_q4_0,
     _Q.Q5_0: _decode_q5_0,
     _Q.Q8_0: _decode_q8_0,
@@ -214,38 +245,34 @@ _LOADERS: dict[_Q, Callable[[_Emitter, Any, int], Any]] = {
 }
 
 
-def _pointer(b: ir.IRBuilder, address: Any) -> Any:
-    return b.inttoptr(address, _I8.as_pointer())
-
-
-def _emit_run(
+def _emit_runs(
     b: ir.IRBuilder, kind: int, args: Sequence[Any], consume: Callable[..., None]
 ) -> None:
-    """Walk a run of blocks; `consume(group, emitter, pointer, number)` gets each group of values.
+    """Walk consecutive blocks; `consume(emitter, run, pointer, number)` gets each run of values.
 
-    `pointer` is where the group's float32 counterpart lies: the vector x, or the output.
-    `number` counts the groups, so that a consumer can spread them over accumulators.
+    `pointer` is where the run's float32 counterpart lies: the vector x, or the output. `number`
+    counts runs, so that a consumer can spread them over accumulators.
     """
     page, places, slot, values, count = args
     e = _Emitter(b)
     qtype = _Q(kind)
-    n_fields = len(block_layout(qtype).fields)
-    n_elements = block_layout(qtype).elements
+    layout = block_layout(qtype)
 
-    def fields_of(block: Any) -> Iterator[Any]:
-        for f in range(n_fields):
+    def field_pointers(block: Any) -> Iterator[Any]:
+        for f in range(len(layout.fields)):
             offset, stride = (b.extract_value(places, 2 * f + k) for k in (0, 1))
-            yield _pointer(b, b.add(page, b.add(offset, b.mul(b.add(slot, block), stride))))
+            yield e.pointer(b.add(page, b.add(offset, b.mul(b.add(slot, block), stride))))
 
     def value_pointer(element: Any) -> Any:
-        return _pointer(b, b.add(values, b.mul(element, _I64(4))))
+        return e.pointer(b.add(values, b.mul(element, _I64(4))))
 
     if qtype in _DECODERS:
         with cgutils.for_range(b, count, intp=_I64) as loop:
-            start = value_pointer(b.mul(loop.index, _I64(n_elements)))
-            groups = _DECODERS[qtype](e, *fields_of(loop.index))
-            for number, group in enumerate(groups):
-                consume(group, e, b.gep(start, [_I64(4 * group.offset)]), number)
+            struct = b.mul(b.add(slot, loop.index), _I64(layout.bytes))
+            e.prefetch(b.add(b.add(page, struct), _I64(PAGE_BYTES)), layout.bytes)
+            start = value_pointer(b.mul(loop.index, _I64(layout.elements)))
+            for number, run in enumerate(_DECODERS[qtype](e, *field_pointers(loop.index))):
+                consume(e, run, b.gep(start, [_I64(4 * run.offset)]), number)
         return
 
     # Plain elements: vectors in fours, then vectors, then one element at a time.
@@ -256,8 +283,8 @@ def _emit_run(
         with cgutils.for_range(b, steps, intp=_I64) as loop:
             for number in range(unroll):
                 element = b.add(b.add(done, b.mul(loop.index, step)), _I64(number * width))
-                vector = _LOADERS[qtype](e, next(fields_of(element)), width)
-                consume(_Group(0, vector, None), e, value_pointer(element), number)
+                vector = _LOADERS[qtype](e, next(field_pointers(element)), width)
+                consume(e, _Run(0, [vector]), value_pointer(element), number)
         done = b.add(done, b.mul(steps, step))
 
 
@@ -291,21 +318,32 @@ def dot_run(
 
     def codegen(context: Any, b: Any, sig: Any, args: Sequence[Any]) -> Any:
         wide, single = ir.VectorType(_FLOAT, _WIDTH), ir.VectorType(_FLOAT, 1)
-        zeros = [ir.Constant(wide, None)] * _ACCUMULATORS + [ir.Constant(single, None)]
-        sums = [cgutils.alloca_once_value(b, zero) for zero in zeros]
+        sums = [
+            cgutils.alloca_once_value(b, ir.Constant(kind, None))
+            for kind in [wide] * _ACCUMULATORS + [single]
+        ]
 
-        def accumulate(group: _Group, e: _Emitter, pointer: Any, number: int) -> None:
-            width = group.quants.type.count
-            x_values = e.load(pointer, 0, _FLOAT, width)
+        def accumulate(e: _Emitter, run: _Run, pointer: Any, number: int) -> None:
+            width = run.quants[0].type.count
+            x_values = [
+                e.load(pointer, 4 * width * k, _FLOAT, width) for k in range(len(run.quants))
+            ]
             place = sums[number % _ACCUMULATORS if width > 1 else _ACCUMULATORS]
-            quants = group.quants
-            if group.minimum is not None:
-                quants = e.multiply_add(quants, group.scale, b.fneg(group.minimum))
-            elif group.scale is not None:
-                quants = b.fmul(quants, group.scale)
-            b.store(e.multiply_add(quants, x_values, b.load(place)), place)
+            total = b.load(place)
+            if run.scale is not None and run.minimum is None:
+                # The scale once for all vectors of the run.
+                inner = b.fmul(run.quants[0], x_values[0])
+                for quants, x_part in zip(run.quants[1:], x_values[1:], strict=True):
+                    inner = e.multiply_add(quants, x_part, inner)
+                total = e.multiply_add(inner, run.scale, total)
+            else:
+                for quants, x_part in zip(run.quants, x_values, strict=True):
+                    if run.minimum is not None:
+                        quants = e.multiply_add(quants, run.scale, b.fneg(run.minimum))
+                    total = e.multiply_add(quants, x_part, total)
+            b.store(total, place)
 
-        _emit_run(b, sig.args[0].literal_value, args[1:], accumulate)
+        _emit_runs(b, sig.args[0].literal_value, args[1:], accumulate)
         e = _Emitter(b)
         totals = [b.load(place) for place in sums]
         vector = b.fadd(b.fadd(totals[0], totals[1]), b.fadd(totals[2], totals[3]))
@@ -320,19 +358,20 @@ def decode_run(
 ) -> Any:
     """Store the values of consecutive blocks of one page as float32 at address `out`.
 
-    Parameters are those of `dot_run`.
+    The other parameters are those of `dot_run`.
     """
 
     def codegen(context: Any, b: Any, sig: Any, args: Sequence[Any]) -> Any:
-        def store(group: _Group, e: _Emitter, pointer: Any, number: int) -> None:
-            decoded = group.quants
-            if group.scale is not None:
-                decoded = b.fmul(group.scale, decoded)
-            if group.minimum is not None:
-                decoded = b.fsub(decoded, group.minimum)
-            b.store(decoded, b.bitcast(pointer, decoded.type.as_pointer()), align=4)
+        def store(e: _Emitter, run: _Run, pointer: Any, number: int) -> None:
+            for k, decoded in enumerate(run.quants):
+                width = decoded.type.count
+                if run.scale is not None:
+                    decoded = b.fmul(run.scale, decoded)
+                if run.minimum is not None:
+                    decoded = b.fsub(decoded, run.minimum)
+                e.store(decoded, pointer, 4 * width * k)
 
-        _emit_run(b, sig.args[0].literal_value, args[1:], store)
+        _emit_runs(b, sig.args[0].literal_value, args[1:], store)
         return context.get_dummy_value()
 
     return _signature(types.none, kind, places), codegen

@@ -6,11 +6,10 @@ Values are exactly those of ggml's dequantisation (`d * q`, `d * sc * q - dmin *
 
 from __future__ import annotations
 
-from functools import lru_cache
+import functools
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType
 from numba import config, cuda, prange, types
 
 from atlas.ops.block_values import (
@@ -20,7 +19,7 @@ from atlas.ops.block_values import (
     page_offset,
 )
 from atlas.ops.block_vectors import decode_run
-from atlas.ops.checks import check_array, check_range
+from atlas.ops.checks import check_array, check_range, grid_size
 from atlas.ops.paged import PageCache, PagedMatrix
 from atlas.target import Target
 from forge.jit import cached_njit
@@ -58,7 +57,7 @@ def _kernels(matrix_value: Any) -> tuple[Any, Any]:
 _KERNELS = {kind: _kernels(body) for kind, body in MATRIX_VALUES.items()}
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def _loop(kind: int) -> Any:
     """The loop for one type; `kind` is a constant of the compiled code."""
 
@@ -118,7 +117,7 @@ def dequantise(
         return
     if target.is_cuda:
         kernel, _ = _KERNELS[w.ggml_type]
-        kernel[target.grid(out.size), target.block](out, begin, *matrix)
+        kernel[grid_size(target, out.size), target.block](out, begin, *matrix)
     elif config.DISABLE_JIT:
         _dequantise_interpreted(out, begin, w, matrix)
     else:
@@ -146,11 +145,12 @@ def embed(target: Target, out: Any, cache: PageCache, w: PagedMatrix, tokens: An
     """
     check_array("tokens", tokens, np.int32, (None,))
     check_array("out", out, np.float32, (tokens.shape[0], w.n_cols))
+    matrix = matrix_arguments(cache, w)
     if tokens.shape[0] == 0:
         return
     if target.is_cuda:
         _, kernel = _KERNELS[w.ggml_type]
-        kernel[target.grid(out.size), target.block](out, tokens, *matrix_arguments(cache, w))
+        kernel[grid_size(target, out.size), target.block](out, tokens, *matrix)
     else:
         for t, token in enumerate(tokens.tolist()):
             dequantise(target, out[t : t + 1], cache, w, token, token + 1)

@@ -1,6 +1,7 @@
 """When shards were last used, and which frames to give up: ticks, misses, victims.
 
     touch           resident shards get the current tick, the others are listed
+    hold            frames of shards that are in use are counted up and down
     choose_victims  the `count` frames that are least worth keeping
 
 A victim is a frame that holds a shard, is not in use, and whose shard is not pinned. Frames are
@@ -136,6 +137,26 @@ def touch_loop(table, ticks, shards, tick, missing):
 
 
 @cached_njit()
+def hold_one(table, held, shard, change):
+    """Count a use of a shard up or down, if it is resident."""
+    frame = table[shard]
+    if frame >= 0:
+        held[frame] += change
+
+
+@cuda.jit
+def hold_kernel(table, held, shards, change):
+    for i in range(cuda.grid(1), shards.size, cuda.gridsize(1)):
+        hold_one(table, held, shards[i], change)
+
+
+@cached_njit()
+def hold_loop(table, held, shards, change):
+    for shard in shards:
+        hold_one(table, held, shard, change)
+
+
+@cached_njit()
 def choose_victims_loop(frame_shard, ticks, shard_rank, held, sign, victims):
     """One pass that keeps the best `victims.size` candidates sorted in `victims`.
 
@@ -214,6 +235,36 @@ def touch(target: Target, table: Any, ticks: Any, shards: Any, tick: int, missin
     return int(target.get(n_missing)[0])
 
 
+def hold(target: Target, table: Any, held: Any, shards: Any, change: int) -> None:
+    """Add `change` to the number of uses of each resident shard's frame.
+
+    Parameters
+    ----------
+    target
+        Where the arrays live.
+    table
+        int32 [n_shards], the frame of each shard or -1.
+    held
+        int32 [n_frames], uses under way; frames with any are never victims.
+    shards
+        int32 [m], distinct shards.
+    change
+        +1 when a use begins, -1 when it ends.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an array has another type or shape, or is not contiguous.
+    """
+    check_array("table", table, np.int32, (len(table),))
+    check_array("held", held, np.int32, (len(held),))
+    check_array("shards", shards, np.int32, (len(shards),))
+    if not target.is_cuda:
+        hold_loop(table, held, shards, change)
+    elif len(shards):
+        hold_kernel[1, target.block](table, held, shards, change)
+
+
 def choose_victims(
     target: Target,
     frame_shard: Any,
@@ -279,6 +330,7 @@ _I32, _I64 = types.int32[::1], types.int64[::1]
 
 KERNELS = {
     "touch_kernel": (touch_kernel, (_I32, _I64, _I32, types.int64, _I32, _I32)),
+    "hold_kernel": (hold_kernel, (_I32, _I32, _I32, types.int64)),
     "choose_victims_kernel": (
         choose_victims_kernel,
         (_I32, _I64, types.uint8[::1], _I32, types.int64, _I32, _I32),

@@ -7,7 +7,7 @@ A decode step reads every weight once, so the bound is the memory's bandwidth.
 
 from __future__ import annotations
 
-from functools import lru_cache
+import functools
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,51 @@ from atlas.ops.block_values import (
     page_offset,
 )
 from atlas.ops.block_vectors import dot_run
-from atlas.ops.checks import check_array, check_range
+from atlas.ops.checks import MAX_BLOCKS, MAX_THREADS, check_array, check_range
 from atlas.ops.dequant import dequantise
 from atlas.ops.paged import PageCache, PagedMatrix
 from atlas.target import Target
 from forge.jit import cached_njit
 
 
-@lru_cache(maxsize=None)
+def _kernel(matrix_value: Any) -> Any:
+    """`matvec_kernel` of one type: a block per row, its threads over the columns."""
+
+    @cuda.jit
+    def matvec_kernel(
+        y, x, begin, end, frames, table, shard_shift, first_page, per_page, elements, places
+    ):
+        partial = cuda.shared.array(MAX_THREADS, types.float32)
+        thread = cuda.threadIdx.x
+        n_cols = np.int64(x.size)
+        for row in range(begin + cuda.blockIdx.x, end, cuda.gridDim.x):
+            total = np.float32(0)
+            for column in range(thread, n_cols, cuda.blockDim.x):
+                weight = matrix_value(
+                    frames, table, shard_shift, first_page, per_page, elements, places,
+                    row * n_cols + column,
+                )  # fmt: skip
+                total += weight * x[column]
+            partial[thread] = total
+            cuda.syncthreads()
+            left = cuda.blockDim.x
+            while left > 1:
+                half = (left + 1) // 2
+                if thread + half < left:
+                    partial[thread] += partial[thread + half]
+                left = half
+                cuda.syncthreads()
+            if thread == 0:
+                y[row] = partial[0]
+            cuda.syncthreads()
+
+    return matvec_kernel
+
+
+_KERNELS = {kind: _kernel(body) for kind, body in MATRIX_VALUES.items()}
+
+
+@functools.cache
 def _loop(kind: int) -> Any:
     """The loop for one type; `kind` is a constant of the compiled code."""
 
@@ -64,18 +101,51 @@ def matvec(
     begin: int = 0,
     end: int | None = None,
 ) -> None:
-    """y[begin:end] = w[begin:end] @ x.
+    """y[begin:end] = w[begin:end] @ x; the rest of y is left alone.
+
+    Parameters
+    ----------
+    target
+        Where to run.
+    y
+        float32 [at least n_rows].
+    cache, w
+        The pages, all of these rows resident, and the matrix.
+    x
+        float32 [n_cols].
+    begin, end
+        Range of rows; all of them by default.
+
+    Raises
+    ------
+    GGUFShardError
+        If the matrix has a type that cannot be computed with.
     """
     end = w.n_rows if end is None else end
     check_range(w.name, begin, end, w.n_rows)
     check_array("x", x, np.float32, (w.n_cols,))
     check_array("y", y, np.float32, (None,))
+    if y.shape[0] < end:
+        raise ValueError(f"y has {y.shape[0]} elements, rows go to {end}")
     matrix = matrix_arguments(cache, w)
     if begin == end:
         return
-    if config.DISABLE_JIT:
+    if target.is_cuda:
+        kernel = _KERNELS[w.ggml_type]
+        kernel[min(end - begin, MAX_BLOCKS), target.block](y, x, begin, end, *matrix)
+    elif config.DISABLE_JIT:
         rows = np.empty((end - begin, w.n_cols), np.float32)
         dequantise(target, rows, cache, w, begin, end)
         y[begin:end] = rows @ x
     else:
         _loop(int(w.ggml_type))(y, x, begin, end, *matrix)
+
+
+_ARRAY = types.float32[::1]
+KERNELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    f"matvec_kernel_{kind.name.lower()}": (
+        kernel,
+        (_ARRAY, _ARRAY, types.int64, types.int64, *matrix_signature(kind)),
+    )
+    for kind, kernel in _KERNELS.items()
+}

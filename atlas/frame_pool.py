@@ -1,0 +1,171 @@
+"""The pool of frames and what the device knows about it: table, ticks, uses.
+
+All arrays live on the target; the host keeps the list of free frames and a mirror of which shards
+are resident, so that planning ahead costs no round trip. Callers serialise access (the manager's
+lock).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from atlas.ops.gather import publish
+from atlas.ops.lru import choose_victims, hold, touch
+from atlas.ops.paged import PageCache
+from atlas.target import Target
+from forge.pages import PAGE_BYTES
+
+_BYTES_PER_FRAME = 4 + 8 + 4  # frame_shard, ticks, held
+_BYTES_PER_SHARD = 4 + 1 + 4 + 4  # table, rank, numbers, missing
+_BYTES_PER_PAGE = 4  # the table of CRCs
+
+
+class FramePool:
+    """Room for `n_frames` shards on a target.
+
+    Parameters
+    ----------
+    target
+        Where the frames are.
+    n_frames
+        Room for so many shards.
+    n_pages, shard_shift
+        Pages of the model, and log2 of the pages per shard.
+    page_crc32
+        uint32 [n_pages], the CRC each page must have.
+    shard_rank
+        uint8 [n_shards], the order in which shards are given up (`atlas.ops.lru`).
+
+    Attributes
+    ----------
+    cache
+        Frames and table as kernels take them.
+    is_resident
+        bool [n_shards], the host's mirror of the table.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        n_frames: int,
+        n_pages: int,
+        shard_shift: int,
+        page_crc32: np.ndarray,
+        shard_rank: np.ndarray,
+    ) -> None:
+        self.target = target
+        self.n_frames = n_frames
+        self.n_pages = n_pages
+        self.n_shards = len(shard_rank)
+        self.frame_bytes = PAGE_BYTES << shard_shift
+        table = target.full(self.n_shards, -1, np.int32)
+        frames = target.empty(n_frames * self.frame_bytes, np.uint8)
+        self.cache = PageCache(frames, table, shard_shift)
+        self.frame_shard = target.full(n_frames, -1, np.int32)
+        self.ticks = target.full(n_frames, 0, np.int64)
+        self.held = target.full(n_frames, 0, np.int32)
+        self.shard_rank = target.put(shard_rank)
+        self.page_crc32 = target.put(page_crc32)
+        self._numbers = target.put(np.arange(self.n_shards, dtype=np.int32))
+        self._missing = target.empty(self.n_shards, np.int32)
+        self._free = list(range(n_frames - 1, -1, -1))
+        self.is_resident = np.zeros(self.n_shards, np.bool_)
+        self.tick = 0
+
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    def numbers(self, first: int, last: int) -> Any:
+        """Device array of the shards `first` to `last`, inclusive."""
+        return self._numbers[first : last + 1]
+
+    def touch(self, first: int, last: int) -> list[int]:
+        """Mark shards `first` to `last` as used now; returns those that are not resident."""
+        self.tick += 1
+        missing = self._missing[: last - first + 1]
+        count = touch(
+            self.target, self.cache.table, self.ticks, self.numbers(first, last), self.tick, missing
+        )
+        return self.target.get(missing[:count]).tolist() if count else []
+
+    def hold(self, first: int, last: int, change: int) -> None:
+        """Count uses of the resident ones among shards `first` to `last` up (+1) or down (-1)."""
+        hold(self.target, self.cache.table, self.held, self.numbers(first, last), change)
+
+    def take_free(self, count: int) -> list[int]:
+        """Take free frames for shards that are coming in; ValueError if there are not so many."""
+        if count > len(self._free):
+            raise ValueError(f"{count} frames wanted, {len(self._free)} are free")
+        return [self._free.pop() for _ in range(count)]
+
+    def give_back(self, frames: Sequence[int]) -> None:
+        """Return frames whose shards did not hold."""
+        self._free.extend(frames)
+
+    def frame(self, number: int) -> Any:
+        """The bytes of a frame, uint8 [frame_bytes]."""
+        return self.cache.frames[number * self.frame_bytes : (number + 1) * self.frame_bytes]
+
+    def publish(
+        self, shards: Sequence[int], frames: Sequence[int], n_victims: int, newest_first: bool
+    ) -> list[int]:
+        """Make checked shards resident and give up others.
+
+        Parameters
+        ----------
+        shards, frames
+            What has been brought in, and where it lies.
+        n_victims
+            How many resident shards should make room.
+        newest_first
+            Give up the most recently used, not the least recently used.
+
+        Returns
+        -------
+        list[int]
+            The shards that were given up: at most `n_victims`.
+        """
+        target = self.target
+        victims = target.empty(max(n_victims, 1), np.int32)
+        found = choose_victims(
+            target, self.frame_shard, self.ticks, self.shard_rank, self.held, n_victims,
+            newest_first, victims,
+        )  # fmt: skip
+        victim_frames = target.get(victims[:found])
+        evicted = target.get(self.frame_shard)[victim_frames].tolist() if found else []
+        self.tick += 1
+        publish(
+            target, self.cache.table, self.frame_shard, self.ticks, victims[:found],
+            target.put(np.array(frames, np.int32)), target.put(np.array(shards, np.int32)),
+            self.tick,
+        )  # fmt: skip
+        self._free.extend(victim_frames.tolist())
+        self.is_resident[evicted] = False
+        self.is_resident[list(shards)] = True
+        return evicted
+
+    def evict(self, shards: Sequence[int]) -> None:
+        """Give up exactly these resident shards."""
+        table = self.target.get(self.cache.table)
+        frames = table[list(shards)]
+        none = self.target.empty(0, np.int32)
+        publish(
+            self.target, self.cache.table, self.frame_shard, self.ticks,
+            self.target.put(frames), none, none, self.tick,
+        )  # fmt: skip
+        self._free.extend(frames.tolist())
+        self.is_resident[list(shards)] = False
+
+
+def pool_overhead_bytes(n_pages: int, n_shards: int) -> int:
+    """Device memory of a pool without any frames."""
+    return n_pages * _BYTES_PER_PAGE + n_shards * _BYTES_PER_SHARD
+
+
+def frame_cost_bytes(shard_shift: int) -> int:
+    """Device memory of each further frame."""
+    return (PAGE_BYTES << shard_shift) + _BYTES_PER_FRAME

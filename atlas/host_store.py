@@ -1,0 +1,74 @@
+"""Where pages come from: the file, read by shard, with nothing between but the page cache."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from atlas.errors import CorruptPageError
+from forge.crc32 import CONTENT_BYTES
+from forge.pages import PAGE_BYTES, page_fault
+from forge.shard_scan import check_pages
+from forge.sharded_model import ShardedModel
+
+
+class FileStore:
+    """Shards of an open model, read straight into the caller's memory.
+
+    Parameters
+    ----------
+    model
+        The open sharded model.
+    """
+
+    def __init__(self, model: ShardedModel) -> None:
+        self.model = model
+        self.shard_pages = model.map.pages_per_shard
+        self.n_pages = model.map.n_pages
+
+    @property
+    def shard_bytes(self) -> int:
+        return self.shard_pages * PAGE_BYTES
+
+    def pages_of(self, shard: int) -> int:
+        """Pages of a shard; the last one may have fewer than the others."""
+        return min(self.shard_pages, self.n_pages - shard * self.shard_pages)
+
+    def read_shard(self, shard: int, buffer: np.ndarray) -> int:
+        """Read a shard into `buffer`, uint8 [shard_bytes]; returns the bytes read. No checks."""
+        n_bytes = self.pages_of(shard) * PAGE_BYTES
+        self.model.core.read_pages(shard * self.shard_pages, buffer[:n_bytes])
+        return n_bytes
+
+    def read_checked(self, first: int, count: int) -> np.ndarray:
+        """Pages `first` to `first + count` - 1, uint8 [count, 4096], each checked.
+
+        Raises
+        ------
+        CorruptPageError
+            If a page does not hold, and again when read a second time.
+        """
+        pages = np.empty((count, PAGE_BYTES), np.uint8)
+        expected = self.model.page_crc32[first : first + count]
+        self.model.core.read_pages(first, pages)
+        if check_pages(pages, expected) is not None:
+            self.model.core.read_pages(first, pages)
+        fault = check_pages(pages, expected)
+        if fault is not None:
+            raise self.corrupt_page(first + fault[0], pages[fault[0]])
+        return pages
+
+    def corrupt_page(self, page: int, found: np.ndarray) -> CorruptPageError:
+        """The error about a page that was read as `found`, uint8 [4096], and does not hold."""
+        expected = int(self.model.page_crc32[page])
+        shard_map = self.model.map
+        return CorruptPageError(
+            self.model.core.path,
+            page,
+            page // self.shard_pages,
+            shard_map.tensor_of_page(page),
+            expected,
+            zlib.crc32(found[:CONTENT_BYTES]),
+            page_fault(found, expected) or "does not hold",
+        )

@@ -1,0 +1,443 @@
+"""`Atlas`: a sharded model whose pages are cached on a target within a budget."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from gguf.quants import dequantize
+
+from atlas.errors import BudgetError
+from atlas.eviction import PoolPlan, plan_pool, shard_ranks
+from atlas.frame_pool import FramePool, frame_cost_bytes, pool_overhead_bytes
+from atlas.host_store import FileStore
+from atlas.model_shards import Band, ModelShards
+from atlas.ops.dequant import dequantise
+from atlas.ops.lru import RANK_PINNED
+from atlas.ops.paged import PageCache, PagedMatrix
+from atlas.prefetch import Prefetcher, Schedule
+from atlas.stats import CacheStats
+from atlas.swap import Lane, Swapper, lane_bytes
+from atlas.target import Target, select_target
+from forge.errors import GGUFShardError
+from forge.pages import PAGE_BYTES, unpack_blocks
+from forge.sharded_model import ShardedModel
+from forge.sizes import Size, format_bytes, parse_size
+
+_SCRATCH_BYTES = 16 << 10  # shard numbers of loads under way and other passing arrays
+
+
+class Atlas:
+    """A sharded model, opened with a budget of device memory; a context manager.
+
+    Use `Atlas.open` for a model of its own, or the constructor to share an open one.
+
+    Parameters
+    ----------
+    model
+        The open sharded model; closed with the Atlas.
+    target
+        Where the pages are cached.
+    budget
+        Device memory for the pool, its tables and `reserved_bytes`; or a fraction of the model's
+        cached pages, to which the rest is added.
+    policy, prefetch_distance
+        None for what the map says.
+    reserved_bytes
+        Device memory of the caller (activations, keys and values) that counts as spent.
+    order
+        Tensors in execution order (`ModelShards`).
+
+    Attributes
+    ----------
+    budget_bytes
+        The budget in bytes.
+    plan
+        How the pool is divided.
+    stats
+        Counts so far.
+
+    Raises
+    ------
+    BudgetError
+        If the budget is too small; the message says the smallest that works.
+    """
+
+    def __init__(
+        self,
+        model: ShardedModel,
+        target: Target,
+        budget: Size,
+        *,
+        policy: str | None = None,
+        prefetch_distance: int | None = None,
+        reserved_bytes: int = 0,
+        order: Sequence[str] | None = None,
+    ) -> None:
+        self.model = model
+        self.map = model.map
+        self.target = target
+        self.shards = ModelShards(model.map, order)
+        self.shape = self.shards.shape()
+        self.stats = CacheStats()
+        settings = model.map.atlas
+        distance = settings.prefetch_distance if prefetch_distance is None else prefetch_distance
+        in_place = target.host_view(target.empty(1, np.uint8)) is not None
+        shard_bytes = self.map.pages_per_shard * PAGE_BYTES
+        self._fixed_bytes = (
+            reserved_bytes
+            + pool_overhead_bytes(self.map.n_pages, self.map.n_shards)
+            + 2 * lane_bytes(shard_bytes, in_place)
+            + _SCRATCH_BYTES
+        )
+        n_frames = self._frames_for(budget)
+        self.plan = self._plan(budget, n_frames, policy or settings.cache_policy, distance)
+        self.budget_bytes = budget.n_bytes or self._bytes_for(self.plan.n_frames)
+        ranks = shard_ranks(self.map.n_shards, self.shards.high, self.shards.schedule, self.plan)
+        self.pool = FramePool(
+            target, self.plan.n_frames, self.map.n_pages, self.map.shard_shift,
+            model.page_crc32, ranks,
+        )  # fmt: skip
+        self.schedule = Schedule(self.shards.schedule, self.map.n_shards)
+        self._pinned = np.flatnonzero(ranks == RANK_PINNED).tolist()
+        self._lock = threading.Condition(threading.RLock())
+        self._lanes = [Lane(target, shard_bytes, in_place) for _ in range(2)]
+        self._store = FileStore(model)
+        self._swapper = Swapper(
+            self.pool, self._store, self._lock, self.stats, self._victims_wanted,
+            self.plan.newest_first,
+        )  # fmt: skip
+        self._is_cached = np.zeros(self.map.n_shards, np.bool_)
+        self._is_cached[[*self.shards.high, *self.shards.schedule, *self.shards.unscheduled]] = True
+        self._n_cached = int(self._is_cached.sum())
+        self._current: tuple[int, int] | None = None
+        self._loading: set[int] = set()
+        self._ahead: set[int] = set()  # prefetched, held, not yet used
+        self._wanted: list[int] = []
+        self._failed: dict[int, GGUFShardError] = {}
+        self._bands: dict[tuple[str, int], list[Band]] = {}
+        self._complete = False
+        self._prefetcher: Prefetcher | None = None
+        self._fill()
+        if target.has_background and self.plan.distance:
+            self._prefetcher = Prefetcher(self._lock, self._fetch_ahead)
+
+    @classmethod
+    def open(
+        cls,
+        map_path: str | os.PathLike[str],
+        budget: str = "100%",
+        target: str | Target = "auto",
+        **options: Any,
+    ) -> Atlas:
+        """Open a sharded model: `Atlas.open("core.sgmap", budget="2.8GB", target="cuda")`.
+
+        Parameters
+        ----------
+        map_path
+            `core.sgmap`.
+        budget
+            A size ("2.8GB", "400MiB") or a share of the model's pages ("40%").
+        target
+            "auto", "cpu", "cuda", or a `Target`.
+        **options
+            `policy`, `prefetch_distance`, `reserved_bytes`, `order`, as for the constructor.
+        """
+        size = parse_size(budget)
+        where = select_target(target) if isinstance(target, str) else target
+        model = ShardedModel(map_path)
+        try:
+            return cls(model, where, size, **options)
+        except BaseException:
+            model.close()
+            raise
+
+    def __enter__(self) -> Atlas:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop prefetching and close the model."""
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+            self._prefetcher = None
+        self.model.close()
+
+    # What a caller computes on
+
+    @property
+    def cache(self) -> PageCache:
+        """Frames and table, as operations take them."""
+        return self.pool.cache
+
+    def matrix(self, name: str, index: int = 0) -> PagedMatrix:
+        """Slice `index` of a tensor as a matrix of rows; GGUFShardError if there is none."""
+        return self.shards.matrix(name, index)
+
+    def bands(self, w: PagedMatrix) -> list[Band]:
+        """The rows of a matrix, cut so that each band's shards fit the pool at once."""
+        key = (w.name, w.first_page)
+        if key not in self._bands:
+            self._bands[key] = list(self.shards.cut(w, self.plan.band))
+        return self._bands[key]
+
+    def acquire(self, band: Band) -> None:
+        """Make a band's shards resident and keep them so until the next call.
+
+        Raises
+        ------
+        CorruptPageError
+            If one of the pages fails its check twice.
+        """
+        first, last = band.first_shard, band.last_shard
+        if self._complete:
+            self.stats.reuse_hits += last - first + 1 - self._shared(first, last)
+            self._current = (first, last)
+            return
+        with self._lock:
+            missing = self._begin_use(first, last)
+            self._ask_ahead(last)
+            if missing:
+                self._await(missing)
+
+    def tensor(self, name: str, index: int = 0) -> Any:
+        """A tensor, dequantised: float32 [n_rows, n_cols] on the target (`__cuda_array_interface__`
+        on cuda, NumPy on cpu). It takes memory of its own, outside the budget.
+
+        Raises
+        ------
+        GGUFShardError
+            If the model has no such tensor, or its type cannot be dequantised.
+        """
+        w = self.matrix(name, index)
+        out = self.target.empty((w.n_rows, w.n_cols), np.float32)
+        if not self._is_cached[w.first_page >> self.map.shard_shift]:
+            self.target.write(out, self.rows(w, range(w.n_rows)))
+            return out
+        for band in self.bands(w):
+            self.acquire(band)
+            dequantise(self.target, out[band.begin : band.end], self.cache, w, band.begin, band.end)
+        self.target.synchronize()
+        return out
+
+    def rows(self, w: PagedMatrix, numbers: Iterable[int]) -> np.ndarray:
+        """Rows of a matrix, read past the cache and dequantised on the host.
+
+        A lookup in an embedding touches a page or two; bringing in whole shards for it would move
+        hundreds of times as much.
+
+        Parameters
+        ----------
+        w
+            The matrix.
+        numbers
+            Rows wanted.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 [len(numbers), n_cols].
+
+        Raises
+        ------
+        CorruptPageError
+            If a page fails its check twice.
+        """
+        return np.stack([self._row(w, number) for number in numbers])
+
+    def _row(self, w: PagedMatrix, number: int) -> np.ndarray:
+        layout = w.layout
+        pages = w.pages_of_rows(number, number + 1)
+        skipped = (pages[0] - w.first_page) * layout.per_page
+        n_blocks = min(w.n_rows * w.blocks_per_row - skipped, len(pages) * layout.per_page)
+        blocks = np.empty(n_blocks * layout.bytes, np.uint8)
+        unpack_blocks(self._store.read_checked(pages[0], len(pages)), layout, blocks)
+        self.stats.pages_checked += len(pages)
+        start = (number * w.blocks_per_row - skipped) * layout.bytes
+        row = blocks[start : start + w.blocks_per_row * layout.bytes]
+        return dequantize(row, layout.ggml_type).reshape(w.n_cols)
+
+    def atomic_swap(self, shard_ids: Sequence[int], stream: Any = None) -> None:
+        """Make shards resident: all of them, or nothing changes.
+
+        Parameters
+        ----------
+        shard_ids
+            Shards of the model, at most as many as the pool has frames that are not pinned.
+        stream
+            Ignored where kernels run in launch order on one stream, which is everywhere so far.
+
+        Raises
+        ------
+        CorruptPageError
+            If a page fails its check twice; what was resident is so still.
+        GGUFShardError
+            If a shard does not exist, or the pool cannot hold all of them at once.
+        """
+        wanted = list(dict.fromkeys(shard_ids))
+        for shard in wanted:
+            if not 0 <= shard < self.map.n_shards or not self._is_cached[shard]:
+                raise GGUFShardError(f"shard {shard}: the model has no cached shard of this number")
+        with self._lock:
+            while self._loading:
+                self._lock.wait()
+            self._load_all_or_nothing(wanted)
+
+    # How shards come and go; all with the lock held
+
+    def _begin_use(self, first: int, last: int) -> list[int]:
+        missing = self.pool.touch(first, last)
+        self.pool.hold(first, last, +1)
+        n_shared = self._shared(first, last)
+        if self._current is not None:
+            self.pool.hold(*self._current, -1)
+        self._current = (first, last)
+        used = [s for s in self._ahead if first <= s <= last]
+        for shard in used:
+            self._ahead.remove(shard)
+            self.pool.hold(shard, shard, -1)
+        late = sum(s in self._loading for s in missing)
+        stats = self.stats
+        stats.late_prefetches += late
+        stats.prefetch_hits += len(used) + late
+        stats.demand_misses += len(missing) - late
+        stats.reuse_hits += last - first + 1 - n_shared - len(missing) - len(used)
+        return missing
+
+    def _shared(self, first: int, last: int) -> int:
+        """How many of these shards the step before used, too."""
+        if self._current is None:
+            return 0
+        return max(0, min(last, self._current[1]) - max(first, self._current[0]) + 1)
+
+    def _await(self, missing: list[int]) -> None:
+        started = time.perf_counter()
+        demanded = [s for s in missing if s not in self._loading]
+        try:
+            for i in range(0, len(demanded), self.plan.reserve):
+                self._load(self._lanes[0], demanded[i : i + self.plan.reserve])
+            while any(s in self._loading for s in missing):
+                self._lock.wait()
+            for shard in missing:
+                if not self.pool.is_resident[shard]:
+                    raise self._failed.pop(shard)
+        finally:
+            self.stats.wait_seconds += time.perf_counter() - started
+
+    def _load(self, lane: Lane, shards: Sequence[int]) -> list[int]:
+        """Load up to `reserve` shards; those of the current band, and those read ahead, are held
+        from the moment they are there."""
+        self._loading.update(shards)
+        try:
+            evicted = self._swapper.load(lane, shards)
+        finally:
+            self._loading.difference_update(shards)
+        for shard in shards:
+            if self._current is not None and self._current[0] <= shard <= self._current[1]:
+                self.pool.hold(shard, shard, +1)
+        if self.plan.n_frames >= self._n_cached:
+            self._complete = bool(self.pool.is_resident[self._is_cached].all())
+        return evicted
+
+    def _victims_wanted(self, n_incoming: int) -> int:
+        """As many as keep `reserve` frames free, while anything is left to bring in."""
+        left = self._n_cached - int((self.pool.is_resident & self._is_cached).sum()) - n_incoming
+        return max(0, min(self.plan.reserve, max(left, 0)) - self.pool.n_free)
+
+    def _load_all_or_nothing(self, wanted: Sequence[int]) -> None:
+        missing = [s for s in wanted if not self.pool.is_resident[s]]
+        held = [s for s in wanted if self.pool.is_resident[s]]
+        done: list[tuple[Sequence[int], list[int]]] = []
+        self._hold_each(held, +1)
+        try:
+            for i in range(0, len(missing), self.plan.reserve):
+                part = list(missing[i : i + self.plan.reserve])
+                done.append((part, self._load(self._lanes[0], part)))
+                self._hold_each(part, +1)
+                held += part
+        except BaseException:
+            for part, evicted in reversed(done):
+                self._hold_each(part, -1)
+                held = [s for s in held if s not in part]
+                self.pool.evict(part)
+                if evicted:
+                    self._load(self._lanes[0], evicted)
+            raise
+        finally:
+            self._hold_each(held, -1)
+
+    def _hold_each(self, shards: Sequence[int], change: int) -> None:
+        for shard in shards:
+            self.pool.hold(shard, shard, change)
+
+    # Reading ahead
+
+    def _ask_ahead(self, shard: int) -> None:
+        window = self.schedule.after(shard, self.plan.distance)
+        if not window:
+            return
+        for stale in self._ahead.difference(window):
+            self._ahead.remove(stale)
+            self.pool.hold(stale, stale, -1)
+        self._wanted = [s for s in window if not self.pool.is_resident[s]]
+        if self._prefetcher is not None:
+            self._lock.notify_all()
+        else:
+            while self._fetch_ahead():
+                pass
+
+    def _fetch_ahead(self) -> bool:
+        """Bring in the next shards of the window; whether there was anything to bring."""
+        batch = [
+            s for s in self._wanted if s not in self._loading and not self.pool.is_resident[s]
+        ][: self.plan.reserve]
+        self._wanted = [s for s in self._wanted if s not in batch]
+        if not batch or self.plan.distance == 0:
+            return False
+        try:
+            self._load(self._lanes[1], batch)
+        except GGUFShardError as error:
+            self._failed.update(dict.fromkeys(batch, error))
+            return True
+        for shard in batch:
+            if self._current is None or not self._current[0] <= shard <= self._current[1]:
+                self._ahead.add(shard)
+                self.pool.hold(shard, shard, +1)
+        return True
+
+    def _fill(self) -> None:
+        """Bring in what stays: the high zone and the pinned shards."""
+        with self._lock:
+            step = self.plan.reserve
+            for i in range(0, len(self._pinned), step):
+                self._load(self._lanes[0], self._pinned[i : i + step])
+        self.stats.bytes_filled = self.stats.bytes_moved
+
+    # Sizes
+
+    def _frames_for(self, budget: Size) -> int:
+        if budget.n_bytes is None:
+            assert budget.fraction is not None
+            return round(budget.fraction * self.shape.n_shards)
+        return (budget.n_bytes - self._fixed_bytes) // frame_cost_bytes(self.map.shard_shift)
+
+    def _bytes_for(self, n_frames: int) -> int:
+        return self._fixed_bytes + n_frames * frame_cost_bytes(self.map.shard_shift)
+
+    def _plan(self, budget: Size, n_frames: int, policy: str, distance: int) -> PoolPlan:
+        try:
+            return plan_pool(self.shape, n_frames, policy, distance)
+        except BudgetError as error:
+            smallest = self._bytes_for(error.smallest_bytes)
+            given = f"{budget.n_bytes} bytes" if budget.n_bytes else f"{budget.fraction:.3%}"
+            raise BudgetError(
+                f"budget {given}: too small, the smallest that works is {smallest} bytes "
+                f"({format_bytes(smallest)})",
+                smallest,
+            ) from None

@@ -1,0 +1,166 @@
+"""Bringing shards in: read into free frames, check every page, publish or change nothing.
+
+Incoming shards go to frames that hold nothing, so a page that fails its check destroys no valid
+shard. Only after all pages of a load hold do the table entries change and the victims' frames
+become the free ones of the next load.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from atlas.errors import CorruptPageError
+from atlas.eviction import MAX_RESERVE
+from atlas.frame_pool import FramePool
+from atlas.host_store import FileStore
+from atlas.ops.gather import check_frames, gather_pages
+from atlas.stats import CacheStats
+from atlas.target import Target
+from forge.errors import GGUFShardError
+from forge.pages import PAGE_BYTES
+
+
+class Lane:
+    """Buffers of one thread that loads shards.
+
+    Where device memory is host memory, shards are read straight into their frames; elsewhere they
+    pass through a staging buffer on either side.
+    """
+
+    def __init__(self, target: Target, shard_bytes: int, in_place: bool) -> None:
+        self.faults = target.empty(MAX_RESERVE * shard_bytes // PAGE_BYTES, np.uint32)
+        self.host_staging: np.ndarray | None = None
+        self.staging: Any = None
+        if not in_place:
+            self.host_staging = np.zeros(MAX_RESERVE * shard_bytes, np.uint8)
+            self.staging = target.empty(MAX_RESERVE * shard_bytes, np.uint8)
+
+
+def lane_bytes(shard_bytes: int, in_place: bool) -> int:
+    """Device memory of one lane."""
+    faults = MAX_RESERVE * shard_bytes // PAGE_BYTES * 4
+    return faults if in_place else faults + MAX_RESERVE * shard_bytes
+
+
+class Swapper:
+    """Loads shards into a pool.
+
+    Parameters
+    ----------
+    pool, store
+        Where to and where from.
+    changed
+        The condition whose lock guards the pool; notified when frames become free or shards
+        resident.
+    stats
+        Counts to add to.
+    victims_wanted
+        Called with the lock held and the shards coming in; how many residents should make room.
+    newest_first
+        Direction of the policy.
+    """
+
+    def __init__(
+        self,
+        pool: FramePool,
+        store: FileStore,
+        changed: threading.Condition,
+        stats: CacheStats,
+        victims_wanted: Callable[[int], int],
+        newest_first: bool,
+    ) -> None:
+        self.pool = pool
+        self.store = store
+        self.changed = changed
+        self.stats = stats
+        self.victims_wanted = victims_wanted
+        self.newest_first = newest_first
+        self.in_flight = 0
+
+    def load(self, lane: Lane, shards: Sequence[int]) -> list[int]:
+        """Make up to `MAX_RESERVE` shards resident that are not; returns those given up for them.
+
+        The caller holds the lock of `changed`; it is let go while reading and checking.
+
+        Raises
+        ------
+        CorruptPageError
+            If a page does not hold, and again when read a second time. The pool is as before.
+        GGUFShardError
+            If the file cannot be read. Likewise.
+        """
+        while self.pool.n_free < len(shards):
+            if not self.in_flight:
+                raise GGUFShardError(f"the pool has no room for {len(shards)} more shards at once")
+            self.changed.wait()
+        frames = self.pool.take_free(len(shards))
+        self.in_flight += 1
+        held = True
+        try:
+            self.changed.release()
+            held = False
+            started = time.perf_counter()
+            n_bytes = self._bring_in(lane, shards, frames)
+            elapsed = time.perf_counter() - started
+            self.changed.acquire()
+            held = True
+            n_victims = self.victims_wanted(len(shards))
+            evicted = self.pool.publish(shards, frames, n_victims, self.newest_first)
+        except BaseException:
+            if not held:
+                self.changed.acquire()
+            self.pool.give_back(frames)
+            raise
+        finally:
+            self.in_flight -= 1
+            self.changed.notify_all()
+        self.stats.swaps += 1
+        self.stats.swap_seconds += elapsed
+        self.stats.bytes_moved += n_bytes
+        self.stats.pages_checked += n_bytes // PAGE_BYTES
+        return evicted
+
+    def _bring_in(self, lane: Lane, shards: Sequence[int], frames: Sequence[int]) -> int:
+        n_bytes, faults = self._read_and_check(lane, shards, frames)
+        if faults.any():
+            # Once more: a page that a writer was replacing, or a flipped bit on the way.
+            n_bytes, faults = self._read_and_check(lane, shards, frames)
+            if faults.any():
+                raise self._corrupt(shards, frames, int(np.flatnonzero(faults)[0]))
+        return n_bytes
+
+    def _read_and_check(
+        self, lane: Lane, shards: Sequence[int], frames: Sequence[int]
+    ) -> tuple[int, np.ndarray]:
+        pool, size = self.pool, self.pool.frame_bytes
+        target, n_bytes = pool.target, 0
+        for i, (shard, frame) in enumerate(zip(shards, frames, strict=True)):
+            buffer = target.host_view(pool.frame(frame))
+            if buffer is None:
+                assert lane.host_staging is not None
+                buffer = lane.host_staging[i * size : (i + 1) * size]
+            n_bytes += self.store.read_shard(shard, buffer)
+        frame_ids = target.put(np.array(frames, np.int32))
+        shard_ids = target.put(np.array(shards, np.int32))
+        faults = lane.faults[: len(shards) << pool.cache.shard_shift]
+        place = (shard_ids, pool.cache.shard_shift, pool.n_pages, pool.page_crc32, faults)
+        if lane.host_staging is None:
+            check_frames(target, pool.cache.frames, frame_ids, *place)
+        else:
+            staging = lane.staging[: len(shards) * size]
+            target.write(staging, lane.host_staging[: len(shards) * size])
+            gather_pages(target, pool.cache.frames, frame_ids, staging, *place)
+        return n_bytes, target.get(faults)
+
+    def _corrupt(
+        self, shards: Sequence[int], frames: Sequence[int], index: int
+    ) -> CorruptPageError:
+        i, slot = divmod(index, self.store.shard_pages)
+        frame = self.pool.target.get(self.pool.frame(frames[i]))
+        page = shards[i] * self.store.shard_pages + slot
+        return self.store.corrupt_page(page, frame[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES])

@@ -1,0 +1,90 @@
+"""Rows of a paged matrix as float32, on every target, against the gguf package."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from atlas.ops.block_values import half_to_float
+from atlas.ops.dequant import dequantise, embed
+from atlas.target import CpuTarget, Target
+from forge.block_layouts import MEMORY_LAYOUTS
+from forge.errors import GGUFShardError
+from tests.paged_matrix import K_TYPES, TYPES, of_unknown_type, sample
+
+
+def assert_same_values(
+    target: Target, ggml_type: GGMLQuantizationType, actual: np.ndarray, expected: np.ndarray
+) -> None:
+    """Equal bit for bit, but where a GPU fuses the multiplication and the subtraction."""
+    if target.name == "cuda" and ggml_type in K_TYPES:
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    else:
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("memory_layout", MEMORY_LAYOUTS)
+@pytest.mark.parametrize("ggml_type", TYPES, ids=lambda kind: kind.name)
+def test_dequantise_matches_gguf(
+    target: Target, ggml_type: GGMLQuantizationType, memory_layout: str
+) -> None:
+    s = sample(target, ggml_type, memory_layout)
+    for begin, end in s.ranges():
+        out = target.full((end - begin, s.matrix.n_cols), np.nan, np.float32)
+        dequantise(target, out, s.with_resident(target, begin, end), s.matrix, begin, end)
+        assert_same_values(target, ggml_type, target.get(out), s.weights[begin:end])
+
+
+@pytest.mark.parametrize("ggml_type", TYPES, ids=lambda kind: kind.name)
+def test_embed_takes_rows_in_the_order_of_tokens(
+    target: Target, ggml_type: GGMLQuantizationType
+) -> None:
+    s = sample(target, ggml_type, "column_major")
+    tokens = np.array([s.matrix.n_rows - 1, 0, s.matrix.n_rows - 1], np.int32)
+    for n_tokens in (1, 3):
+        out = target.full((n_tokens, s.matrix.n_cols), np.nan, np.float32)
+        embed(target, out, s.cache, s.matrix, target.put(tokens[:n_tokens]))
+        assert_same_values(target, ggml_type, target.get(out), s.weights[tokens[:n_tokens]])
+
+
+def test_no_rows_and_no_tokens() -> None:
+    target = CpuTarget()
+    s = sample(target, GGMLQuantizationType.Q8_0, "column_major")
+    out = np.empty((0, s.matrix.n_cols), np.float32)
+    for row in (0, s.matrix.n_rows):
+        dequantise(target, out, s.with_resident(target, 0, 1), s.matrix, row, row)
+    embed(target, out, s.cache, s.matrix, np.empty(0, np.int32))
+
+
+def test_half_to_float_on_every_float16() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    values = np.array([half_to_float(np.uint32(b)) for b in bits], np.float32)
+    np.testing.assert_array_equal(values, bits.view(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(np.signbit(values), bits >= 1 << 15)
+
+
+def test_unknown_type_is_refused(target: Target) -> None:
+    s = sample(target, GGMLQuantizationType.Q8_0, "column_major")
+    out = target.full((1, s.matrix.n_cols), np.nan, np.float32)
+    tokens = target.full(1, 0, np.int32)
+    with pytest.raises(GGUFShardError, match="tensor w: cannot compute with IQ4_NL"):
+        dequantise(target, out, s.cache, of_unknown_type(s), 0, 1)
+    with pytest.raises(GGUFShardError, match="IQ4_NL"):
+        embed(target, out, s.cache, of_unknown_type(s), tokens)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    target = CpuTarget()
+    s = sample(target, GGMLQuantizationType.Q8_0, "column_major")
+    n_rows, n_cols = s.matrix.n_rows, s.matrix.n_cols
+    with pytest.raises(ValueError, match=f"rows 1..{n_rows + 1} are not within 0..{n_rows}"):
+        dequantise(target, np.empty((n_rows, n_cols), np.float32), s.cache, s.matrix, 1, n_rows + 1)
+    with pytest.raises(ValueError, match=rf"out has shape .* expected \[2, {n_cols}\]"):
+        dequantise(target, np.empty((1, n_cols), np.float32), s.cache, s.matrix, 0, 2)
+    with pytest.raises(TypeError, match="out has dtype float64, expected float32"):
+        dequantise(target, np.empty((1, n_cols)), s.cache, s.matrix, 0, 1)
+    with pytest.raises(ValueError, match="out is not C-contiguous"):
+        dequantise(target, np.empty((2, 2 * n_cols), np.float32)[:, ::2], s.cache, s.matrix, 0, 2)
+    with pytest.raises(TypeError, match="tokens has dtype int64"):
+        embed(target, np.empty((1, n_cols), np.float32), s.cache, s.matrix, np.zeros(1, np.int64))
