@@ -12,7 +12,7 @@ import numpy as np
 from gguf.quants import dequantize
 
 from atlas.errors import BudgetError
-from atlas.eviction import PoolPlan, plan_pool, shard_ranks
+from atlas.eviction import PoolPlan, expected_hit_ratio, plan_pool, shard_ranks
 from atlas.frame_pool import FramePool, frame_cost_bytes, pool_overhead_bytes
 from atlas.host_store import FileStore
 from atlas.model_shards import Band, ModelShards
@@ -175,6 +175,11 @@ class Atlas:
     def cache(self) -> PageCache:
         """Frames and table, as operations take them."""
         return self.pool.cache
+
+    @property
+    def expected_reuse_ratio(self) -> float:
+        """Share of reuse hits that the plan's closed form predicts for a dense pass."""
+        return expected_hit_ratio(self.plan, self.shape)
 
     def matrix(self, name: str, index: int = 0) -> PagedMatrix:
         """Slice `index` of a tensor as a matrix of rows; GGUFShardError if there is none."""
@@ -424,7 +429,8 @@ class Atlas:
     def _frames_for(self, budget: Size) -> int:
         if budget.n_bytes is None:
             assert budget.fraction is not None
-            return round(budget.fraction * self.shape.n_shards)
+            high, n = self.shape.n_high, self.shape.n_shards
+            return high + round(budget.fraction * (n - high))
         return (budget.n_bytes - self._fixed_bytes) // frame_cost_bytes(self.map.shard_shift)
 
     def _bytes_for(self, n_frames: int) -> int:

@@ -19,6 +19,12 @@ from forge.errors import GGUFShardError
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
+# GNU OpenMP's threads spin for milliseconds at the end of every parallel loop. Where other work
+# wants the processor (the prefetch thread does), that makes short loops ten times slower; after
+# some microseconds they had better sleep. Read when the library is loaded, at the first loop.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 if config.ENABLE_CUDASIM and not config.DISABLE_JIT:
     raise RuntimeError(
         "the CUDA simulator needs NUMBA_DISABLE_JIT=1 beside NUMBA_ENABLE_CUDASIM=1: "

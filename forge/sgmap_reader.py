@@ -57,7 +57,7 @@ class _Reader:
 
     def members(self, value: Any, field: str, names: Sequence[str]) -> list[Any]:
         if not isinstance(value, dict):
-            raise self.fail(field, "is not an object")
+            raise self.fail(field or "(top)", "is not an object")
         for name in names:
             if name not in value:
                 raise self.fail(f"{field}.{name}".lstrip("."), "is missing")
@@ -136,7 +136,7 @@ def parse_map(data: bytes, path: object) -> ShardMap:
     )
     read.members(of_sections, "digests.map_xxh3_128", SECTIONS)
     for name, value in zip(SECTIONS, sections, strict=True):
-        if of_sections[name] != section_digest(value):
+        if of_sections[name] != _digest(read, name, value):
             raise read.fail(name, f"does not match its digest (digests.map_xxh3_128.{name})")
     shard_map = _build(read, dict(zip(SECTIONS, sections, strict=True)), table, of_shards)
     _check_ownership(read, shard_map)
@@ -146,6 +146,13 @@ def parse_map(data: bytes, path: object) -> ShardMap:
                   min(len(canonical), len(data)))  # fmt: skip
         raise GGUFShardError(f"{path}: byte {at}: not as written (spacing, order or spelling)")
     return shard_map
+
+
+def _digest(read: _Reader, name: str, value: Any) -> str:
+    try:
+        return section_digest(value)
+    except RecursionError:  # which writing JSON may reach a level before reading it does
+        raise read.fail(name, "nested too deep") from None
 
 
 def _build(read: _Reader, sections: dict[str, Any], table: Any, of_shards: Any) -> ShardMap:

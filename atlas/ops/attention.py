@@ -114,9 +114,7 @@ def attention_loop(out, q, keys, values, position, scale):
             out[t, head, d] /= total
 
 
-def attention(
-    target: Target, out: Any, q: Any, keys: Any, values: Any, position: int, scratch: Any = None
-) -> None:
+def attention(target: Target, out: Any, q: Any, keys: Any, values: Any, position: int) -> None:
     """Attention of `n_tokens` new tokens over all positions up to their own.
 
     Parameters

@@ -50,7 +50,7 @@ class _Run(NamedTuple):
     minimum: Any = None
 
 
-class _Emitter:
+class Emitter:
     """Vector operations in the words of the decoders below."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
@@ -137,19 +137,19 @@ class _Emitter:
         return self.b.extract_element(vector, _I32(0))
 
 
-def _decode_q8_0(e: _Emitter, d: Any, qs: Any) -> Iterator[_Run]:
+def _decode_q8_0(e: Emitter, d: Any, qs: Any) -> Iterator[_Run]:
     scale = e.half(d)
     yield _Run(0, [e.floats(e.load(qs, offset, _I8, 16)) for offset in (0, 16)], scale)
 
 
-def _decode_q4_0(e: _Emitter, d: Any, qs: Any) -> Iterator[_Run]:
+def _decode_q4_0(e: Emitter, d: Any, qs: Any) -> Iterator[_Run]:
     scale = e.half(d)
     packed = e.load(qs, 0, _I8, 16)
     nibbles = (e.low_bits(packed, 4), e.shift_right(packed, 4))
     yield _Run(0, [e.floats(quants, 8) for quants in nibbles], scale)
 
 
-def _decode_q5_0(e: _Emitter, d: Any, qh: Any, qs: Any) -> Iterator[_Run]:
+def _decode_q5_0(e: Emitter, d: Any, qh: Any, qs: Any) -> Iterator[_Run]:
     scale = e.half(d)
     packed = e.load(qs, 0, _I8, 16)
     quants = []
@@ -159,7 +159,7 @@ def _decode_q5_0(e: _Emitter, d: Any, qh: Any, qs: Any) -> Iterator[_Run]:
     yield _Run(0, [e.floats(vector, 16) for vector in quants], scale)
 
 
-def _k_scales(e: _Emitter, d: Any, dmin: Any, scales: Any) -> tuple[Any, Any]:
+def _k_scales(e: Emitter, d: Any, dmin: Any, scales: Any) -> tuple[Any, Any]:
     """Scales and minima of the eight sub-blocks of a Q4_K or Q5_K block, <8 x float> each.
 
     Six bits each in twelve bytes: four bytes hold the low scales, four the low minima, with two
@@ -176,20 +176,20 @@ def _k_scales(e: _Emitter, d: Any, dmin: Any, scales: Any) -> tuple[Any, Any]:
     )
 
 
-def _k_nibbles(e: _Emitter, qs: Any, sub: int, half: int) -> Any:
+def _k_nibbles(e: Emitter, qs: Any, sub: int, half: int) -> Any:
     """Sixteen quants of sub-block `sub`: two sub-blocks share 32 bytes, low nibbles first."""
     packed = e.load(qs, sub // 2 * 32 + half, _I8, 16)
     return e.shift_right(packed, 4) if sub % 2 else e.low_bits(packed, 4)
 
 
-def _decode_q4_k(e: _Emitter, d: Any, dmin: Any, scales: Any, qs: Any) -> Iterator[_Run]:
+def _decode_q4_k(e: Emitter, d: Any, dmin: Any, scales: Any, qs: Any) -> Iterator[_Run]:
     scale, minimum = _k_scales(e, d, dmin, scales)
     for sub in range(8):
         quants = [e.floats(_k_nibbles(e, qs, sub, half)) for half in (0, 16)]
         yield _Run(sub * 32, quants, e.lane(scale, sub), e.lane(minimum, sub))
 
 
-def _decode_q5_k(e: _Emitter, d: Any, dmin: Any, scales: Any, qh: Any, qs: Any) -> Iterator[_Run]:
+def _decode_q5_k(e: Emitter, d: Any, dmin: Any, scales: Any, qh: Any, qs: Any) -> Iterator[_Run]:
     scale, minimum = _k_scales(e, d, dmin, scales)
     for sub in range(8):
         quants = []
@@ -201,7 +201,7 @@ def _decode_q5_k(e: _Emitter, d: Any, dmin: Any, scales: Any, qh: Any, qs: Any) 
         )
 
 
-def _decode_q6_k(e: _Emitter, qs: Any, qh: Any, scales: Any, d: Any) -> Iterator[_Run]:
+def _decode_q6_k(e: Emitter, qs: Any, qh: Any, scales: Any, d: Any) -> Iterator[_Run]:
     scale = e.b.fmul(e.floats(e.load(scales, 0, _I8, 16)), e.half(d))
     for group in range(16):
         # A half of the block (128 values) is four runs of 32: the low nibbles of 64 bytes,
@@ -214,15 +214,15 @@ def _decode_q6_k(e: _Emitter, qs: Any, qh: Any, scales: Any, d: Any) -> Iterator
         yield _Run(group * 16, [e.floats(quants, 32)], e.lane(scale, group))
 
 
-def _load_f32(e: _Emitter, pointer: Any, count: int) -> Any:
+def _load_f32(e: Emitter, pointer: Any, count: int) -> Any:
     return e.load(pointer, 0, _FLOAT, count)
 
 
-def _load_f16(e: _Emitter, pointer: Any, count: int) -> Any:
+def _load_f16(e: Emitter, pointer: Any, count: int) -> Any:
     return e.b.fpext(e.load(pointer, 0, _HALF, count), ir.VectorType(_FLOAT, count))
 
 
-def _load_bf16(e: _Emitter, pointer: Any, count: int) -> Any:
+def _load_bf16(e: Emitter, pointer: Any, count: int) -> Any:
     bits = e.b.zext(e.load(pointer, 0, _I16, count), ir.VectorType(_I32, count))
     return e.b.bitcast(e.shift_left(bits, 16), ir.VectorType(_FLOAT, count))
 
@@ -238,7 +238,7 @@ _DECODERS: dict[_Q, Callable[..., Iterator[_Run]]] = {
     _Q.Q6_K: _decode_q6_k,
 }
 #: Plain element types: a pointer to the elements and their number to a vector.
-_LOADERS: dict[_Q, Callable[[_Emitter, Any, int], Any]] = {
+_LOADERS: dict[_Q, Callable[[Emitter, Any, int], Any]] = {
     _Q.F32: _load_f32,
     _Q.F16: _load_f16,
     _Q.BF16: _load_bf16,
@@ -254,7 +254,7 @@ def _emit_runs(
     counts runs, so that a consumer can spread them over accumulators.
     """
     page, places, slot, values, count = args
-    e = _Emitter(b)
+    e = Emitter(b)
     qtype = _Q(kind)
     layout = block_layout(qtype)
 
@@ -323,7 +323,7 @@ def dot_run(
             for kind in [wide] * _ACCUMULATORS + [single]
         ]
 
-        def accumulate(e: _Emitter, run: _Run, pointer: Any, number: int) -> None:
+        def accumulate(e: Emitter, run: _Run, pointer: Any, number: int) -> None:
             width = run.quants[0].type.count
             x_values = [
                 e.load(pointer, 4 * width * k, _FLOAT, width) for k in range(len(run.quants))
@@ -344,7 +344,7 @@ def dot_run(
             b.store(total, place)
 
         _emit_runs(b, sig.args[0].literal_value, args[1:], accumulate)
-        e = _Emitter(b)
+        e = Emitter(b)
         totals = [b.load(place) for place in sums]
         vector = b.fadd(b.fadd(totals[0], totals[1]), b.fadd(totals[2], totals[3]))
         return b.fadd(e.sum(vector), e.sum(totals[_ACCUMULATORS]))
@@ -362,7 +362,7 @@ def decode_run(
     """
 
     def codegen(context: Any, b: Any, sig: Any, args: Sequence[Any]) -> Any:
-        def store(e: _Emitter, run: _Run, pointer: Any, number: int) -> None:
+        def store(e: Emitter, run: _Run, pointer: Any, number: int) -> None:
             for k, decoded in enumerate(run.quants):
                 width = decoded.type.count
                 if run.scale is not None:

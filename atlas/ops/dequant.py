@@ -10,7 +10,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import config, cuda, prange, types
+from numba import config, cuda, literally, prange, types
 
 from atlas.ops.block_values import (
     MATRIX_VALUES,
@@ -57,6 +57,24 @@ def _kernels(matrix_value: Any) -> tuple[Any, Any]:
 _KERNELS = {kind: _kernels(body) for kind, body in MATRIX_VALUES.items()}
 
 
+@cached_njit()
+def decode_blocks(
+    kind, out, block, left, base, table, shard_shift, first_page, per_page, elements, places
+):
+    """Store `left` blocks of a matrix, from `block` on, as float32 at address `out`.
+
+    `kind` is a literal, `base` the address of the pool's frames.
+    """
+    while left > 0:
+        slot = block % per_page
+        count = min(left, per_page - slot)
+        page = page_offset(table, shard_shift, first_page + block // per_page)
+        decode_run(literally(kind), base + np.uint64(page), places, slot, out, count)
+        out += np.uint64(4 * count * elements)
+        block += count
+        left -= count
+
+
 @functools.cache
 def _loop(kind: int) -> Any:
     """The loop for one type; `kind` is a constant of the compiled code."""
@@ -68,16 +86,10 @@ def _loop(kind: int) -> Any:
         base = np.uint64(frames.ctypes.data)
         blocks_per_row = out.shape[1] // elements
         for r in prange(out.shape[0]):
-            address = np.uint64(out[r].ctypes.data)
-            block, left = (begin + r) * blocks_per_row, blocks_per_row
-            while left > 0:
-                slot = block % per_page
-                count = min(left, per_page - slot)
-                page = page_offset(table, shard_shift, first_page + block // per_page)
-                decode_run(kind, base + np.uint64(page), places, slot, address, count)
-                address += np.uint64(4 * count * elements)
-                block += count
-                left -= count
+            decode_blocks(
+                kind, np.uint64(out[r].ctypes.data), (begin + r) * blocks_per_row, blocks_per_row,
+                base, table, shard_shift, first_page, per_page, elements, places,
+            )  # fmt: skip
 
     return dequantise_loop
 

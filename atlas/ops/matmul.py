@@ -1,23 +1,29 @@
 """Products of a few tokens with a paged matrix: y[t, r] = sum over c of x[t, c] * w[r, c].
 
-On the CPU a band of rows is dequantised into scratch memory, small enough to stay in the cache,
-and handed to BLAS; each weight is decoded once for all tokens. On the GPU a block decodes a
-stretch of one row into shared memory and its threads take a token each.
+On the CPU a thread dequantises a band of rows into its part of the scratch memory, small enough to
+stay in the second-level cache, and multiplies it with all tokens tile by tile. On the GPU a block
+decodes a stretch of one row into shared memory and its threads take a token each. Either way a
+weight is decoded once for all tokens.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
-from numba import cuda, types
+from numba import config, cuda, get_num_threads, prange, types
 
 from atlas.ops.block_values import MATRIX_VALUES, matrix_arguments, matrix_signature
 from atlas.ops.checks import MAX_BLOCKS, MAX_THREADS, check_array, check_range
-from atlas.ops.dequant import dequantise
+from atlas.ops.dequant import decode_blocks, dequantise
 from atlas.ops.matvec import matvec
 from atlas.ops.paged import PageCache, PagedMatrix
+from atlas.ops.tile_product import TILE_ROWS, TILE_TOKENS, tile_product
 from atlas.target import Target
+from forge.jit import cached_njit
+
+BAND_ELEMENTS = 131072  # most decoded weights of a thread: 512 KiB
 
 
 def _kernel(matrix_value: Any) -> Any:
@@ -53,7 +59,65 @@ def _kernel(matrix_value: Any) -> Any:
 _KERNELS = {kind: _kernel(body) for kind, body in MATRIX_VALUES.items()}
 
 
-def _matmul_by_bands(
+@functools.cache
+def _loop(kind: int) -> Any:
+    """The loop for one type; `kind` is a constant of the compiled code."""
+
+    @cached_njit(parallel=True)
+    def matmul_loop(
+        y, x, begin, end, scratch, n_workers,
+        frames, table, shard_shift, first_page, per_page, elements, places,
+    ):  # fmt: skip
+        n_cols = x.shape[1]
+        blocks_per_row = n_cols // elements
+        band = max(1, min(BAND_ELEMENTS, scratch.size // n_workers) // n_cols)
+        if band > TILE_ROWS:
+            band -= band % TILE_ROWS
+        base = np.uint64(frames.ctypes.data)
+        for worker in prange(n_workers):
+            weights = scratch[worker * band * n_cols : (worker + 1) * band * n_cols]
+            address = np.uint64(weights.ctypes.data)
+            stop = begin + (end - begin) * (worker + 1) // n_workers
+            for first in range(begin + (end - begin) * worker // n_workers, stop, band):
+                count = min(band, stop - first)
+                decode_blocks(
+                    kind, address, first * blocks_per_row, count * blocks_per_row,
+                    base, table, shard_shift, first_page, per_page, elements, places,
+                )  # fmt: skip
+                _multiply_band(y, x, weights, first, count)
+
+    return matmul_loop
+
+
+@cached_njit()
+def _multiply_band(y, x, weights, first, n_rows):
+    """y[:, first : first + n_rows] = x @ weights.T, in tiles; weights [n_rows * n_cols]."""
+    n_tokens, n_cols = x.shape
+    stride = np.int64(y.shape[1])
+    y_base, x_base = np.uint64(y.ctypes.data), np.uint64(x.ctypes.data)
+    w_base = np.uint64(weights.ctypes.data)
+    t = 0
+    while t < n_tokens:
+        whole_tokens = t + TILE_TOKENS <= n_tokens
+        x_at = x_base + np.uint64(4 * t * n_cols)
+        r = 0
+        while r < n_rows:
+            whole_rows = r + TILE_ROWS <= n_rows
+            w_at = w_base + np.uint64(4 * r * n_cols)
+            y_at = y_base + np.uint64(4 * (t * stride + first + r))
+            if whole_tokens and whole_rows:
+                tile_product(TILE_TOKENS, TILE_ROWS, y_at, stride, x_at, w_at, n_cols)
+            elif whole_tokens:
+                tile_product(TILE_TOKENS, 1, y_at, stride, x_at, w_at, n_cols)
+            elif whole_rows:
+                tile_product(1, TILE_ROWS, y_at, stride, x_at, w_at, n_cols)
+            else:
+                tile_product(1, 1, y_at, stride, x_at, w_at, n_cols)
+            r += TILE_ROWS if whole_rows else 1
+        t += TILE_TOKENS if whole_tokens else 1
+
+
+def _matmul_interpreted(
     target: Target,
     y: np.ndarray,
     cache: PageCache,
@@ -63,6 +127,7 @@ def _matmul_by_bands(
     end: int,
     scratch: np.ndarray,
 ) -> None:
+    """The loop's twin without a compiler."""
     rows = scratch.size // w.n_cols
     for first in range(begin, end, rows):
         last = min(first + rows, end)
@@ -96,8 +161,8 @@ def matmul(
     begin, end
         Range of rows.
     scratch
-        float32 [at least n_cols], overwritten; as many rows as fit are decoded at a time.
-        The CPU target alone uses it.
+        float32 [at least n_cols], overwritten; only the CPU target uses it. A thread needs n_cols
+        elements of it and gains up to `BAND_ELEMENTS`.
 
     Raises
     ------
@@ -120,8 +185,11 @@ def matmul(
     elif target.is_cuda:
         kernel = _KERNELS[w.ggml_type]
         kernel[min(end - begin, MAX_BLOCKS), target.block](y, x, begin, end, *matrix)
+    elif config.DISABLE_JIT:
+        _matmul_interpreted(target, y, cache, w, x, begin, end, scratch)
     else:
-        _matmul_by_bands(target, y, cache, w, x, begin, end, scratch)
+        n_workers = min(get_num_threads(), scratch.size // w.n_cols)
+        _loop(int(w.ggml_type))(y, x, begin, end, scratch, n_workers, *matrix)
 
 
 _ARRAY = types.float32[:, ::1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from forge.gguf_file import parse_header
 from forge.sgmap import core_path
 from forge.sgmap_reader import load_map
 from forge.sharded_model import ShardedModel
+from forge.verify import verify_model
 
 
 @pytest.mark.parametrize("n_pages", [1, 2, 1023, 1024, 1025, 40_000_000])
@@ -50,6 +53,18 @@ def test_a_file_that_shrinks_is_noticed(sharded: Path) -> None:
             file.truncate(page_offset(1) + 10)
         with pytest.raises(GGUFShardError, match=r"offset 8202: the file ends, 4086 bytes short"):
             core.read_pages(0, pages)
+
+
+def test_what_the_disk_cannot_read_is_named(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    (fault,) = verify_model(sharded).bad
+    table = page_offset(load_map(sharded).n_pages)
+    assert fault.reason == f"{core_path(sharded)}: offset {table}: Input/output error"
 
 
 def test_read_checked_names_page_shard_and_tensor(sharded: Path) -> None:

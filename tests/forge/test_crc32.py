@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numba.core import config
 
 from forge import crc32
 from forge.crc32 import CONTENT_BYTES, crc32_pages, has_carryless_multiply
@@ -21,8 +22,12 @@ POISON = 0xDEADBEEF
 
 
 def twins() -> list[object]:
-    skip = pytest.mark.skipif(not has_carryless_multiply(), reason="no pclmulqdq here")
-    return [crc32._crc32_sliced, pytest.param(crc32._crc32_folded, marks=skip)]
+    compiled = pytest.mark.skipif(bool(config.DISABLE_JIT), reason="the compiler is off")
+    has_pclmul = pytest.mark.skipif(not has_carryless_multiply(), reason="no pclmulqdq here")
+    return [
+        pytest.param(crc32._crc32_sliced, marks=compiled, id="sliced"),
+        pytest.param(crc32._crc32_folded, marks=[compiled, has_pclmul], id="folded"),
+    ]
 
 
 def crc_by(twin: object, content: np.ndarray) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numba.core import config
 
+from forge import block_layouts
 from forge.block_layouts import _STRUCTS, MEMORY_LAYOUTS, BlockLayout, block_layout
 from forge.pages import (
     CONTENT_BYTES,
@@ -29,6 +31,7 @@ from forge.pages import (
 
 TYPES = list(GGML_QUANT_SIZES)
 POISON = 0xA5
+FORMAT_PAGE = Path(block_layouts.__file__).with_name("FORMAT.md")
 every_type = pytest.mark.parametrize("ggml_type", TYPES, ids=lambda t: t.name)
 both_layouts = pytest.mark.parametrize("memory_layout", MEMORY_LAYOUTS)
 
@@ -113,6 +116,27 @@ def test_column_major_starts_with_the_quants(ggml_type: GGMLQuantizationType) ->
 def test_planes_of_common_types(name: str, planes: dict[str, int]) -> None:
     layout = block_layout(GGMLQuantizationType[name])
     assert {field.name: field.page_offset for field in layout.fields} == planes
+
+
+def planes_in_format_page() -> dict[str, list[tuple[str, int]]]:
+    """The planes of each type as the table in FORMAT.md has them."""
+    rows = re.findall(r"^\| ([A-Z0-9_, /K]+) \| (qs .+) \|$", FORMAT_PAGE.read_text(), re.MULTILINE)
+    planes = {}
+    for types, fields in rows:
+        groups = types.split(" / ")
+        for names, listed in zip(groups, fields.split(" / "), strict=True):
+            for name in names.split(", "):
+                planes[name] = [(f, int(size)) for f, size in re.findall(r"(\w+) (\d+)", listed)]
+    return planes
+
+
+def test_format_page_lists_the_planes() -> None:
+    listed = planes_in_format_page()
+    assert listed.keys() == _STRUCTS.keys()
+    for name, planes in listed.items():
+        layout = block_layout(GGMLQuantizationType[name])
+        in_page = sorted(layout.fields, key=lambda field: field.page_offset)
+        assert [(field.name, field.bytes) for field in in_page] == planes
 
 
 def test_unknown_names_are_refused() -> None:

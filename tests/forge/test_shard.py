@@ -270,19 +270,51 @@ def test_the_next_writer_finishes_before_it_takes_over(
     assert verify_model(sharded, against=other).ok
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])
-def test_an_error_between_the_renames_loses_nothing(
-    error: BaseException, sharded: Path, other: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def fail_to_rename(name: str, error: BaseException) -> Callable[[Path, Path], None]:
     replace = os.replace
 
     def failing(source: Path, target: Path) -> None:
-        if target.name == "core.gguf":
+        if target.name == name:
             raise error
         replace(source, target)
 
+    return failing
+
+
+rename_errors = pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(5, "Input/output error")], ids=["interrupt", "I/O"]
+)
+
+
+@rename_errors
+def test_an_error_before_the_first_rename_changes_nothing(
+    error: BaseException, sharded: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files_in(sharded.parent)
+    monkeypatch.setattr(os, "replace", fail_to_rename("core.sgmap", error))
+    with pytest.raises(type(error)):
+        shard_model(other, sharded.parent, force=True)
+    assert files_in(sharded.parent) == before
+
+
+@rename_errors
+def test_an_error_between_the_renames_loses_nothing(
+    error: BaseException, sharded: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", failing)
+        patched.setattr(os, "replace", fail_to_rename("core.gguf", error))
+        with pytest.raises(type(error)):
+            shard_model(other, sharded.parent, force=True)
+    assert sharded.with_name("core.gguf.new").exists()
+    assert verify_model(sharded, against=other).ok
+
+
+@rename_errors
+def test_an_error_right_after_the_first_rename_loses_nothing(
+    error: BaseException, sharded: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("forge.pending_file.sync_folder", fail_with(error))
         with pytest.raises(type(error)):
             shard_model(other, sharded.parent, force=True)
     assert sharded.with_name("core.gguf.new").exists()

@@ -1,0 +1,111 @@
+"""The `gguf-shard` command.
+
+Only the standard library is imported at the top: linear algebra libraries read their number of
+threads when they are loaded, so `--threads` has to be known before NumPy is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+_THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+def _set_blas_threads(argv: Sequence[str]) -> None:
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--threads")
+    threads = early.parse_known_args(argv)[0].threads
+    if threads is not None and threads.isdigit():
+        for variable in _THREAD_VARIABLES:
+            os.environ[variable] = threads
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: 1,403,...") from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from atlas.run_command import run
+
+    return run(args)
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from forge.sgmap import CACHE_POLICIES
+
+    p = commands.add_parser(
+        "run", help="generate text within a budget of memory",
+        description="Generate text with a sharded model, within a budget of device memory. Text "
+        "goes to stdout as it comes, a summary to stderr.",
+    )  # fmt: skip
+    p.add_argument("map", metavar="CORE.sgmap")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("-p", "--prompt", metavar="TEXT", help="the text to continue")
+    what.add_argument("--prompt-ids", type=_token_ids, metavar="1,403,...",
+                      help="the token ids to continue")  # fmt: skip
+    p.add_argument("-n", "--n-tokens", type=_positive, default=128, metavar="N",
+                   help="tokens to generate, at most (default: 128)")  # fmt: skip
+    p.add_argument("--budget", default="100%", metavar="SIZE",
+                   help="device memory for everything (2.8GB, 400MiB), or a share of the model's "
+                   "pages to keep resident (40%%); default: 100%%")  # fmt: skip
+    p.add_argument("--target", choices=("auto", "cuda", "cpu"), default="auto",
+                   help="where to run (default: auto)")  # fmt: skip
+    p.add_argument("--policy", choices=CACHE_POLICIES, default=None,
+                   help="what stays resident (default: the map's)")  # fmt: skip
+    p.add_argument("--prefetch-distance", type=int, default=None, metavar="N",
+                   help="shards to read ahead (default: the map's)")  # fmt: skip
+    p.add_argument("--temp", type=float, default=0.8, help="temperature; 0 is greedy (default 0.8)")
+    p.add_argument("--top-k", type=int, default=40, help="0 is all (default: 40)")
+    p.add_argument("--top-p", type=float, default=0.95, help="1 is all (default: 0.95)")
+    p.add_argument("--seed", type=int, default=None, help="seed of the sampler (default: random)")
+    p.add_argument("-c", "--context", type=_positive, default=None, metavar="CTX",
+                   help="positions to have room for (default: prompt plus -n)")  # fmt: skip
+    p.add_argument("--batch", type=_positive, default=64, metavar="N",
+                   help="prompt tokens to run through the layers at once (default: 64)")  # fmt: skip
+    p.add_argument("--threads", type=_positive, default=None, metavar="N",
+                   help="threads of the cpu target (default: all)")  # fmt: skip
+    p.add_argument("--ignore-eos", action="store_true", help="go on behind an end-of-text token")
+    p.add_argument("--logits-out", metavar="FILE.npy",
+                   help="save the float32 logits behind the last prompt token")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    p.add_argument("-q", "--quiet", action="store_true", help="no summary")
+    p.set_defaults(run=_run)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from forge.model_sharding_tool import add_commands
+
+    parser = argparse.ArgumentParser(
+        prog="gguf-shard",
+        description="Run language models that do not fit the memory you have: cut them into "
+        "checked 4 KiB pages, and cache those within a budget.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_commands(commands)
+    _add_run(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `gguf-shard`; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    _set_blas_threads(argv)
+    from forge.command import run_command
+
+    return run_command(_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

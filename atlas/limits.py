@@ -1,0 +1,101 @@
+"""How fast it could be: bandwidths of this machine, measured, and what they allow.
+
+A dense model reads all its weights for every token. With `W` bytes of weights, of which `M` are
+moved for each token over a link of bandwidth `B_link` into memory of bandwidth `B_mem`:
+
+    seconds per token >= max(W / B_mem, M / B_link)
+
+On the `cpu` target the link is a read from the file (or the page cache) into the pool. It runs on
+the same memory, so the sum of both would be a tighter bound; the maximum is the one that holds
+wherever the link is a bus of its own.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from numba import prange
+
+from atlas.host_store import FileStore
+from atlas.manager import Atlas
+from atlas.ops.paged import PageCache
+from atlas.target import Target
+from forge.jit import cached_njit
+from forge.pages import PAGE_BYTES
+from forge.sgmap import ShardMap
+
+_REPEATS = 3
+_LINK_SAMPLE_BYTES = 64 << 20
+_MEMORY_SAMPLE_BYTES = 256 << 20
+_CHUNKS = 64
+
+
+@cached_njit(parallel=True)
+def _read_words_loop(words: np.ndarray, sums: np.ndarray) -> None:
+    """Read everything once, eight words at a time: as fast as memory gives."""
+    step = words.size // sums.size
+    for chunk in prange(sums.size):
+        part = words[chunk * step : (chunk + 1) * step]
+        total = np.uint64(0)
+        for i in range(part.size):
+            total ^= part[i]
+        sums[chunk] = total
+
+
+def memory_bandwidth(target: Target, cache: PageCache) -> float | None:
+    """Bytes a second at which the target's processors read the pool; the best of three.
+
+    A pool that fits a processor's cache is read from there, by this measurement as by the
+    mat-vecs. None where it is not measured (yet): on a GPU.
+    """
+    frames = target.host_view(cache.frames)
+    if frames is None:
+        return None
+    words = frames[: min(frames.size, _MEMORY_SAMPLE_BYTES)].view(np.uint64)
+    sums = np.empty(_CHUNKS, np.uint64)
+    _read_words_loop(words, sums)
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        _read_words_loop(words, sums)
+        times.append(time.perf_counter() - started)
+    return words.nbytes / min(times)
+
+
+def link_bandwidth(atlas: Atlas) -> float:
+    """Bytes a second at which shards can be read from where they are into host memory, unchecked;
+    the best of three passes over a sample spread over the scheduled shards."""
+    store = FileStore(atlas.model)
+    buffer = np.empty(store.shard_bytes, np.uint8)
+    n = min(max(_LINK_SAMPLE_BYTES // store.shard_bytes, 1), len(atlas.schedule.order))
+    shards = [atlas.schedule.order[i * len(atlas.schedule.order) // n] for i in range(n)]
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        n_bytes = sum(store.read_shard(shard, buffer) for shard in shards)
+        times.append(time.perf_counter() - started)
+    return n_bytes / min(times)
+
+
+def weight_bytes_per_pass(shard_map: ShardMap, schedule_shards: int) -> int:
+    """Bytes of pages that a pass of a dense model reads."""
+    return schedule_shards * shard_map.pages_per_shard * PAGE_BYTES
+
+
+def decode_limit(
+    bytes_read: float, bytes_moved: float, memory: float | None, link: float
+) -> float:
+    """Most tokens a second for one token at a time.
+
+    Parameters
+    ----------
+    bytes_read, bytes_moved
+        Weights read and moved per token.
+    memory, link
+        Bandwidths in bytes a second; an unknown memory bandwidth bounds nothing.
+    """
+    seconds = bytes_moved / link
+    if memory is not None:
+        seconds = max(seconds, bytes_read / memory)
+    return 1.0 / seconds if seconds > 0 else float("inf")

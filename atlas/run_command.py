@@ -1,0 +1,183 @@
+"""`gguf-shard run`: text out of a sharded model, and what it cost."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atlas.infer.generate import Generation, generate
+from atlas.infer.model import LlamaModel
+from atlas.infer.sampling import Sampler
+from atlas.infer.tokenizer import TextStream, Tokenizer
+from atlas.limits import decode_limit, link_bandwidth, memory_bandwidth
+from atlas.target import select_target
+from forge.command import print_json
+from forge.errors import GGUFShardError
+from forge.sharded_model import ShardedModel
+from forge.sizes import format_bytes, parse_size
+
+
+def _prompt(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
+    if args.prompt_ids is not None:
+        return list(args.prompt_ids)
+    if tokenizer is None:
+        raise GGUFShardError(f"{args.map}: the model has no tokenizer; give --prompt-ids")
+    prompt = tokenizer.encode(args.prompt)
+    if not prompt:
+        raise GGUFShardError("prompt: has no tokens")
+    return prompt
+
+
+def _tokenizer(model: ShardedModel) -> Tokenizer | None:
+    metadata = model.source_header().metadata
+    if "tokenizer.ggml.model" not in metadata:
+        return None
+    try:
+        return Tokenizer.from_metadata(metadata)
+    except GGUFShardError as error:
+        raise GGUFShardError(f"{model.map.source[0].name}: {error}") from None
+
+
+class _Writer:
+    """Writes text to stdout as its tokens come."""
+
+    def __init__(self, stream: TextStream | None, quiet: bool) -> None:
+        self._stream = stream
+        self._quiet = quiet
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+    def token(self, token: int) -> None:
+        if self._stream is not None:
+            self._write(self._stream.push(token))
+
+    def end(self) -> None:
+        if self._stream is not None:
+            self._write(self._stream.flush())
+        if not self._quiet:
+            print(flush=True)
+
+    def _write(self, text: str) -> None:
+        self._pieces.append(text)
+        if not self._quiet:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
+def _facts(model: LlamaModel, prompt: list[int], result: Generation, text: str) -> dict[str, Any]:
+    atlas = model.atlas
+    decode, prompt_phase = result.decode_stats, result.prompt_stats
+    # Steady state is what decoding shows; without a decode pass the prompt's has to do.
+    passes = result.n_decode_passes
+    phase = decode if passes else prompt_phase
+    passes = passes or -(-len(prompt) // model.n_batch)
+    seconds = result.decode_seconds if result.n_decode_passes else result.prompt_seconds
+    shard_bytes = atlas.pool.frame_bytes
+    memory = memory_bandwidth(model.target, atlas.cache)
+    link = link_bandwidth(atlas)
+    limit = decode_limit(
+        phase.accesses * shard_bytes / passes, phase.bytes_moved / passes, memory, link
+    )
+    return {
+        "prompt_tokens": prompt,
+        "tokens": result.tokens,
+        "text": text,
+        "tokens_per_second": result.tokens_per_second,
+        "prompt_tokens_per_second": len(prompt) / result.prompt_seconds,
+        "time_to_first_token_s": result.first_token_seconds,
+        "target": model.target.name,
+        "policy": atlas.plan.policy,
+        "budget_bytes": atlas.budget_bytes,
+        "device_bytes_peak": model.target.peak_bytes,
+        "reuse_hits": prompt_phase.reuse_hits + decode.reuse_hits,
+        "prefetch_hits": prompt_phase.prefetch_hits + decode.prefetch_hits,
+        "demand_misses": prompt_phase.demand_misses + decode.demand_misses,
+        "bytes_per_token": phase.bytes_moved / passes,
+        "bytes_filled": atlas.stats.bytes_filled,
+        "link_gb_per_s": phase.bytes_moved / seconds / 1e9 if seconds else 0.0,
+        "link_bandwidth_gb_per_s": link / 1e9,
+        "memory_bandwidth_gb_per_s": memory / 1e9 if memory is not None else None,
+        "limit_tokens_per_second": limit,
+        "fraction_of_limit": result.tokens_per_second / limit,
+        "expected_reuse_ratio": atlas.expected_reuse_ratio,
+        "frames": atlas.plan.n_frames,
+        "pages_checked": atlas.stats.pages_checked,
+    }
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    accesses = facts["reuse_hits"] + facts["prefetch_hits"] + facts["demand_misses"]
+    shares = [
+        f"{100 * facts[key] / max(accesses, 1):.1f} % {label}"
+        for key, label in (
+            ("reuse_hits", "reuse hits"),
+            ("prefetch_hits", "prefetch hits"),
+            ("demand_misses", "demand misses"),
+        )
+    ]
+    memory = facts["memory_bandwidth_gb_per_s"]
+    memory_text = "memory not measured" if memory is None else f"memory {memory:.1f} GB/s"
+    return "\n".join(
+        (
+            f"{facts['tokens_per_second']:.2f} tokens/s ({len(facts['tokens'])} tokens), "
+            f"prompt {facts['prompt_tokens_per_second']:.1f} tokens/s, "
+            f"first token after {facts['time_to_first_token_s']:.2f} s",
+            f"target {facts['target']}, policy {facts['policy']}, "
+            f"budget {format_bytes(facts['budget_bytes'])}, "
+            f"peak {format_bytes(facts['device_bytes_peak'])}",
+            f"{', '.join(shares)} (expected reuse {100 * facts['expected_reuse_ratio']:.1f} %), "
+            f"{format_bytes(facts['bytes_per_token'])} moved per token, "
+            f"{facts['pages_checked']} pages checked",
+            f"link {facts['link_gb_per_s']:.2f} of {facts['link_bandwidth_gb_per_s']:.2f} GB/s, "
+            f"{memory_text}: limit {facts['limit_tokens_per_second']:.2f} tokens/s, "
+            f"reached {100 * facts['fraction_of_limit']:.0f} %",
+        )
+    )
+
+
+def _stop_tokens(args: argparse.Namespace, tokenizer: Tokenizer | None) -> Collection[int]:
+    return () if args.ignore_eos or tokenizer is None else tokenizer.eos_ids
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; the exit code."""
+    budget = parse_size(args.budget)
+    sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed)
+    target = select_target(args.target, args.threads)
+    with ShardedModel(args.map) as opened:
+        tokenizer = _tokenizer(opened)
+        prompt = _prompt(args, tokenizer)
+        n_context = args.context or len(prompt) + args.n_tokens
+        with LlamaModel(
+            opened, target, budget, n_context=n_context, n_batch=args.batch,
+            policy=args.policy, prefetch_distance=args.prefetch_distance,
+        ) as model:  # fmt: skip
+            quiet = args.json
+            writer = _Writer(tokenizer.stream() if tokenizer else None, quiet)
+            result = generate(
+                model, prompt, args.n_tokens, sampler,
+                stop=_stop_tokens(args, tokenizer), on_token=writer.token,
+            )  # fmt: skip
+            writer.end()
+            if args.logits_out is not None:
+                _save_logits(args.logits_out, result.prompt_logits)
+            if args.json or not args.quiet:
+                facts = _facts(model, prompt, result, writer.text)
+    if args.json:
+        print_json(facts)
+    elif not args.quiet:
+        print(_summary(facts), file=sys.stderr)
+    return 0
+
+
+def _save_logits(path: str, logits: np.ndarray) -> None:
+    with open(Path(path), "wb") as file:
+        np.save(file, logits)
