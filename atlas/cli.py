@@ -73,7 +73,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.add_argument("-c", "--context", type=_positive, default=None, metavar="CTX",
                    help="positions to have room for (default: prompt plus -n)")  # fmt: skip
     p.add_argument("--batch", type=_positive, default=64, metavar="N",
-                   help="prompt tokens to run through the layers at once (default: 64)")  # fmt: skip
+                   help="prompt tokens to run at once (default: 64)")  # fmt: skip
     p.add_argument("--threads", type=_positive, default=None, metavar="N",
                    help="threads of the cpu target (default: all)")  # fmt: skip
     p.add_argument("--ignore-eos", action="store_true", help="go on behind an end-of-text token")

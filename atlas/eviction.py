@@ -128,9 +128,9 @@ def plan_pool(shape: CacheShape, n_frames: int, policy: str, prefetch_distance: 
             f"room for {max(n_frames, 0)} frames, {shape.smallest_pool} are needed",
             shape.smallest_pool,
         )
-    reserve = min(max(n // 400, 1), MAX_RESERVE, room - shape.min_band)
+    reserve = min(max(n // 150, 1), MAX_RESERVE, room - shape.min_band)
     band = min(max(n // 200, shape.min_band), max(_MAX_BAND, shape.min_band), room - reserve)
-    distance = min(prefetch_distance, max(n // 64, 1), room - reserve - band)
+    distance = min(prefetch_distance, max(n // 64, 2), room - reserve - band)
     n_pinned = 0
     if decided == "pin":
         n_pinned = _pinned(shape, room - reserve, band, distance)

@@ -96,6 +96,12 @@ class FramePool:
         """Count uses of the resident ones among shards `first` to `last` up (+1) or down (-1)."""
         hold(self.target, self.cache.table, self.held, self.numbers(first, last), change)
 
+    def hold_each(self, shards: Sequence[int], change: int) -> None:
+        """`hold` for shards that do not follow each other."""
+        if len(shards):
+            numbers = self.target.put(np.array(shards, np.int32))
+            hold(self.target, self.cache.table, self.held, numbers, change)
+
     def take_free(self, count: int) -> list[int]:
         """Take free frames for shards that are coming in; ValueError if there are not so many."""
         if count > len(self._free):

@@ -304,9 +304,8 @@ class Atlas:
             self.pool.hold(*self._current, -1)
         self._current = (first, last)
         used = [s for s in self._ahead if first <= s <= last]
-        for shard in used:
-            self._ahead.remove(shard)
-            self.pool.hold(shard, shard, -1)
+        self._ahead.difference_update(used)
+        self.pool.hold_each(used, -1)
         late = sum(s in self._loading for s in missing)
         stats = self.stats
         stats.late_prefetches += late
@@ -314,6 +313,9 @@ class Atlas:
         stats.demand_misses += len(missing) - late
         stats.reuse_hits += last - first + 1 - n_shared - len(missing) - len(used)
         return missing
+
+    def _is_current(self, shard: int) -> bool:
+        return self._current is not None and self._current[0] <= shard <= self._current[1]
 
     def _shared(self, first: int, last: int) -> int:
         """How many of these shards the step before used, too."""
@@ -343,9 +345,7 @@ class Atlas:
             evicted = self._swapper.load(lane, shards)
         finally:
             self._loading.difference_update(shards)
-        for shard in shards:
-            if self._current is not None and self._current[0] <= shard <= self._current[1]:
-                self.pool.hold(shard, shard, +1)
+        self.pool.hold_each([s for s in shards if self._is_current(s)], +1)
         if self.plan.n_frames >= self._n_cached:
             self._complete = bool(self.pool.is_resident[self._is_cached].all())
         return evicted
@@ -358,28 +358,24 @@ class Atlas:
     def _load_all_or_nothing(self, wanted: Sequence[int]) -> None:
         missing = [s for s in wanted if not self.pool.is_resident[s]]
         held = [s for s in wanted if self.pool.is_resident[s]]
-        done: list[tuple[Sequence[int], list[int]]] = []
-        self._hold_each(held, +1)
+        done: list[tuple[list[int], list[int]]] = []
+        self.pool.hold_each(held, +1)
         try:
             for i in range(0, len(missing), self.plan.reserve):
                 part = list(missing[i : i + self.plan.reserve])
                 done.append((part, self._load(self._lanes[0], part)))
-                self._hold_each(part, +1)
+                self.pool.hold_each(part, +1)
                 held += part
         except BaseException:
             for part, evicted in reversed(done):
-                self._hold_each(part, -1)
+                self.pool.hold_each(part, -1)
                 held = [s for s in held if s not in part]
                 self.pool.evict(part)
                 if evicted:
                     self._load(self._lanes[0], evicted)
             raise
         finally:
-            self._hold_each(held, -1)
-
-    def _hold_each(self, shards: Sequence[int], change: int) -> None:
-        for shard in shards:
-            self.pool.hold(shard, shard, change)
+            self.pool.hold_each(held, -1)
 
     # Reading ahead
 
@@ -387,9 +383,9 @@ class Atlas:
         window = self.schedule.after(shard, self.plan.distance)
         if not window:
             return
-        for stale in self._ahead.difference(window):
-            self._ahead.remove(stale)
-            self.pool.hold(stale, stale, -1)
+        stale = self._ahead.difference(window)
+        self._ahead -= stale
+        self.pool.hold_each(list(stale), -1)
         self._wanted = [s for s in window if not self.pool.is_resident[s]]
         if self._prefetcher is not None:
             self._lock.notify_all()
@@ -410,10 +406,9 @@ class Atlas:
         except GGUFShardError as error:
             self._failed.update(dict.fromkeys(batch, error))
             return True
-        for shard in batch:
-            if self._current is None or not self._current[0] <= shard <= self._current[1]:
-                self._ahead.add(shard)
-                self.pool.hold(shard, shard, +1)
+        ahead = [s for s in batch if not self._is_current(s)]
+        self._ahead.update(ahead)
+        self.pool.hold_each(ahead, +1)
         return True
 
     def _fill(self) -> None:

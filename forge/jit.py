@@ -73,6 +73,9 @@ def cached_njit(*, parallel: bool = False, fastmath: Any = False) -> Callable[..
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
+        if parallel:
+            # Numba's index knows a function by name and code, not by this flag.
+            function.__qualname__ += "_parallel"
         before = config.CACHE_DIR
         try:
             if _CACHE_DIR is not None:

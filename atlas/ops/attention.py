@@ -23,6 +23,10 @@ from forge.jit import cached_njit
 _TILE = 32  # positions
 
 
+#: Products of queries and keys below which waking other threads costs more than they save.
+SERIAL_PRODUCTS = 1 << 16
+
+
 @cuda.jit
 def attention_kernel(out, q, keys, values, position, scale):
     """A block per token and head: threads over the tile's positions, then over dimensions."""
@@ -66,9 +70,8 @@ def attention_kernel(out, q, keys, values, position, scale):
             out[t, head, d] /= total
 
 
-# Sums may be reordered, or they would not vectorise; infinities keep their meaning.
-@cached_njit(parallel=True, fastmath={"reassoc", "contract", "nsz"})
-def attention_loop(out, q, keys, values, position, scale):
+def _attention(out, q, keys, values, position, scale):
+    """Body of both loops: heads in parallel where `prange` is, one after the other elsewhere."""
     n_tokens, n_head, head_dim = q.shape
     group = n_head // keys.shape[1]
     # Tokens run fastest: threads get whole heads, hence equal shares of the causal triangle.
@@ -114,6 +117,12 @@ def attention_loop(out, q, keys, values, position, scale):
             out[t, head, d] /= total
 
 
+# Sums may be reordered, or they would not vectorise; infinities keep their meaning.
+_FASTMATH = {"reassoc", "contract", "nsz"}
+attention_serial_loop = cached_njit(fastmath=_FASTMATH)(_attention)
+attention_loop = cached_njit(parallel=True, fastmath=_FASTMATH)(_attention)
+
+
 def attention(target: Target, out: Any, q: Any, keys: Any, values: Any, position: int) -> None:
     """Attention of `n_tokens` new tokens over all positions up to their own.
 
@@ -147,6 +156,8 @@ def attention(target: Target, out: Any, q: Any, keys: Any, values: Any, position
     if target.is_cuda:
         grid = min(n_tokens * n_head, MAX_BLOCKS)
         attention_kernel[grid, target.block](out, q, keys, values, position, scale)
+    elif q.size * (position + n_tokens) < SERIAL_PRODUCTS:
+        attention_serial_loop(out, q, keys, values, position, scale)
     else:
         attention_loop(out, q, keys, values, position, scale)
 

@@ -64,11 +64,15 @@ def _kernel(matrix_value: Any) -> Any:
 _KERNELS = {kind: _kernel(body) for kind, body in MATRIX_VALUES.items()}
 
 
+#: Weights below which waking other threads costs more than they save.
+SERIAL_WEIGHTS = 1 << 17
+
+
 @functools.cache
-def _loop(kind: int) -> Any:
+def _loop(kind: int, parallel: bool) -> Any:
     """The loop for one type; `kind` is a constant of the compiled code."""
 
-    @cached_njit(parallel=True)
+    @cached_njit(parallel=parallel)
     def matvec_loop(
         y, x, begin, end, frames, table, shard_shift, first_page, per_page, elements, places
     ):
@@ -138,7 +142,8 @@ def matvec(
         dequantise(target, rows, cache, w, begin, end)
         y[begin:end] = rows @ x
     else:
-        _loop(int(w.ggml_type))(y, x, begin, end, *matrix)
+        parallel = (end - begin) * w.n_cols >= SERIAL_WEIGHTS
+        _loop(int(w.ggml_type), parallel)(y, x, begin, end, *matrix)
 
 
 _ARRAY = types.float32[::1]
