@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -18,7 +18,7 @@ def _set_blas_threads(argv: Sequence[str]) -> None:
     early = argparse.ArgumentParser(add_help=False)
     early.add_argument("--threads")
     threads = early.parse_known_args(argv)[0].threads
-    if threads is not None and threads.isdigit():
+    if threads is not None and threads.isdecimal():
         for variable in _THREAD_VARIABLES:
             os.environ[variable] = threads
 
@@ -30,10 +30,13 @@ def _token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: 1,403,...") from None
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")
+        return int(text)
+
+    return number
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -55,7 +58,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     what.add_argument("-p", "--prompt", metavar="TEXT", help="the text to continue")
     what.add_argument("--prompt-ids", type=_token_ids, metavar="1,403,...",
                       help="the token ids to continue")  # fmt: skip
-    p.add_argument("-n", "--n-tokens", type=_positive, default=128, metavar="N",
+    p.add_argument("-n", "--n-tokens", type=_at_least(1), default=128, metavar="N",
                    help="tokens to generate, at most (default: 128)")  # fmt: skip
     p.add_argument("--budget", default="100%", metavar="SIZE",
                    help="device memory for everything (2.8GB, 400MiB), or a share of the model's "
@@ -64,17 +67,17 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
                    help="where to run (default: auto)")  # fmt: skip
     p.add_argument("--policy", choices=CACHE_POLICIES, default=None,
                    help="what stays resident (default: the map's)")  # fmt: skip
-    p.add_argument("--prefetch-distance", type=int, default=None, metavar="N",
+    p.add_argument("--prefetch-distance", type=_at_least(0), default=None, metavar="N",
                    help="shards to read ahead (default: the map's)")  # fmt: skip
     p.add_argument("--temp", type=float, default=0.8, help="temperature; 0 is greedy (default 0.8)")
     p.add_argument("--top-k", type=int, default=40, help="0 is all (default: 40)")
     p.add_argument("--top-p", type=float, default=0.95, help="1 is all (default: 0.95)")
     p.add_argument("--seed", type=int, default=None, help="seed of the sampler (default: random)")
-    p.add_argument("-c", "--context", type=_positive, default=None, metavar="CTX",
+    p.add_argument("-c", "--context", type=_at_least(1), default=None, metavar="CTX",
                    help="positions to have room for (default: prompt plus -n)")  # fmt: skip
-    p.add_argument("--batch", type=_positive, default=64, metavar="N",
+    p.add_argument("--batch", type=_at_least(1), default=64, metavar="N",
                    help="prompt tokens to run at once (default: 64)")  # fmt: skip
-    p.add_argument("--threads", type=_positive, default=None, metavar="N",
+    p.add_argument("--threads", type=_at_least(1), default=None, metavar="N",
                    help="threads of the cpu target (default: all)")  # fmt: skip
     p.add_argument("--ignore-eos", action="store_true", help="go on behind an end-of-text token")
     p.add_argument("--logits-out", metavar="FILE.npy",

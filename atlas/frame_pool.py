@@ -7,13 +7,13 @@ lock).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from atlas.ops.gather import publish
-from atlas.ops.lru import choose_victims, hold, touch
+from atlas.ops.lru import RANK_PINNED, choose_victims, hold, touch
 from atlas.ops.paged import PageCache
 from atlas.target import Target
 from forge.pages import PAGE_BYTES
@@ -21,6 +21,7 @@ from forge.pages import PAGE_BYTES
 _BYTES_PER_FRAME = 4 + 8 + 4  # frame_shard, ticks, held
 _BYTES_PER_SHARD = 4 + 1 + 4 + 4  # table, rank, numbers, missing
 _BYTES_PER_PAGE = 4  # the table of CRCs
+_LIST_PART = 1024  # shard numbers that go to the device at once: lists take little of the budget
 
 
 class FramePool:
@@ -68,6 +69,7 @@ class FramePool:
         self.ticks = target.full(n_frames, 0, np.int64)
         self.held = target.full(n_frames, 0, np.int32)
         self.shard_rank = target.put(shard_rank)
+        self._is_pinned = shard_rank == RANK_PINNED
         self.page_crc32 = target.put(page_crc32)
         self._numbers = target.put(np.arange(self.n_shards, dtype=np.int32))
         self._missing = target.empty(self.n_shards, np.int32)
@@ -92,15 +94,30 @@ class FramePool:
         )
         return self.target.get(missing[:count]).tolist() if count else []
 
+    def touch_each(self, shards: Sequence[int]) -> None:
+        """Mark resident shards that need not follow each other as used now."""
+        self.tick += 1
+        for numbers in self._lists(shards):
+            touch(self.target, self.cache.table, self.ticks, numbers, self.tick, self._missing)
+
     def hold(self, first: int, last: int, change: int) -> None:
         """Count uses of the resident ones among shards `first` to `last` up (+1) or down (-1)."""
         hold(self.target, self.cache.table, self.held, self.numbers(first, last), change)
 
     def hold_each(self, shards: Sequence[int], change: int) -> None:
         """`hold` for shards that do not follow each other."""
-        if len(shards):
-            numbers = self.target.put(np.array(shards, np.int32))
+        for numbers in self._lists(shards):
             hold(self.target, self.cache.table, self.held, numbers, change)
+
+    def _lists(self, shards: Sequence[int]) -> Iterator[Any]:
+        for i in range(0, len(shards), _LIST_PART):
+            yield self.target.put(np.array(shards[i : i + _LIST_PART], np.int32))
+
+    def n_evictable(self) -> int:
+        """Frames whose shards are neither pinned nor held."""
+        shards = self.target.get(self.frame_shard)
+        is_loose = (shards >= 0) & (self.target.get(self.held) == 0)
+        return int((~self._is_pinned[shards[is_loose]]).sum())
 
     def take_free(self, count: int) -> list[int]:
         """Take free frames for shards that are coming in; ValueError if there are not so many."""
@@ -155,7 +172,7 @@ class FramePool:
         return evicted
 
     def evict(self, shards: Sequence[int]) -> None:
-        """Give up exactly these resident shards."""
+        """Give up exactly these resident shards, which nobody holds."""
         table = self.target.get(self.cache.table)
         frames = table[list(shards)]
         none = self.target.empty(0, np.int32)

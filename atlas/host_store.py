@@ -5,10 +5,13 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
+from gguf.quants import dequantize
 
 from atlas.errors import CorruptPageError
+from atlas.ops.paged import PagedMatrix
 from forge.crc32 import CONTENT_BYTES
-from forge.pages import PAGE_BYTES, page_fault
+from forge.errors import GGUFShardError
+from forge.pages import PAGE_BYTES, page_fault, unpack_blocks
 from forge.shard_scan import check_pages
 from forge.sharded_model import ShardedModel
 
@@ -52,12 +55,40 @@ class FileStore:
         pages = np.empty((count, PAGE_BYTES), np.uint8)
         expected = self.model.page_crc32[first : first + count]
         self.model.core.read_pages(first, pages)
-        if check_pages(pages, expected) is not None:
-            self.model.core.read_pages(first, pages)
         fault = check_pages(pages, expected)
+        if fault is not None:
+            self.model.core.read_pages(first, pages)
+            fault = check_pages(pages, expected)
         if fault is not None:
             raise self.corrupt_page(first + fault[0], pages[fault[0]])
         return pages
+
+    def read_row(self, w: PagedMatrix, number: int) -> np.ndarray:
+        """A row of a matrix, from checked pages, dequantised: float32 [n_cols].
+
+        Raises
+        ------
+        CorruptPageError
+            If a page does not hold, and again when read a second time.
+        GGUFShardError
+            If the matrix has no such row, or its type cannot be dequantised.
+        """
+        if not 0 <= number < w.n_rows:
+            raise GGUFShardError(f"tensor {w.name!r}: row {number} of {w.n_rows}")
+        layout = w.layout
+        pages = w.pages_of_rows(number, number + 1)
+        skipped = (pages[0] - w.first_page) * layout.per_page
+        n_blocks = min(w.n_rows * w.blocks_per_row - skipped, len(pages) * layout.per_page)
+        blocks = np.empty(n_blocks * layout.bytes, np.uint8)
+        unpack_blocks(self.read_checked(pages[0], len(pages)), layout, blocks)
+        start = (number * w.blocks_per_row - skipped) * layout.bytes
+        row = blocks[start : start + w.blocks_per_row * layout.bytes]
+        try:
+            return dequantize(row, layout.ggml_type).reshape(w.n_cols)
+        except NotImplementedError:
+            raise GGUFShardError(
+                f"tensor {w.name!r}: type {layout.ggml_type.name} cannot be dequantised"
+            ) from None
 
     def corrupt_page(self, page: int, found: np.ndarray) -> CorruptPageError:
         """The error about a page that was read as `found`, uint8 [4096], and does not hold."""

@@ -6,10 +6,10 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from gguf.quants import dequantize
 
 from atlas.errors import BudgetError
 from atlas.eviction import PoolPlan, expected_hit_ratio, plan_pool, shard_ranks
@@ -24,7 +24,7 @@ from atlas.stats import CacheStats
 from atlas.swap import Lane, Swapper, lane_bytes
 from atlas.target import Target, select_target
 from forge.errors import GGUFShardError
-from forge.pages import PAGE_BYTES, unpack_blocks
+from forge.pages import PAGE_BYTES
 from forge.sharded_model import ShardedModel
 from forge.sizes import Size, format_bytes, parse_size
 
@@ -104,6 +104,7 @@ class Atlas:
         )  # fmt: skip
         self.schedule = Schedule(self.shards.schedule, self.map.n_shards)
         self._pinned = np.flatnonzero(ranks == RANK_PINNED).tolist()
+        self._demand = threading.Lock()  # taken before the other one: loads on demand, in turn
         self._lock = threading.Condition(threading.RLock())
         self._lanes = [Lane(target, shard_bytes, in_place) for _ in range(2)]
         self._store = FileStore(model)
@@ -117,10 +118,11 @@ class Atlas:
         self._current: tuple[int, int] | None = None
         self._loading: set[int] = set()
         self._ahead: set[int] = set()  # prefetched, held, not yet used
+        self._window: set[int] = set()  # what may be read ahead now
         self._wanted: list[int] = []
-        self._failed: dict[int, GGUFShardError] = {}
+        self._swapping = False
         self._bands: dict[tuple[str, int], list[Band]] = {}
-        self._complete = False
+        self._complete = False  # for good: everything is resident, nothing moves any more
         self._prefetcher: Prefetcher | None = None
         self._fill()
         if target.has_background and self.plan.distance:
@@ -186,30 +188,44 @@ class Atlas:
         return self.shards.matrix(name, index)
 
     def bands(self, w: PagedMatrix) -> list[Band]:
-        """The rows of a matrix, cut so that each band's shards fit the pool at once."""
+        """The rows of a matrix, cut so that each band's shards fit the pool at once.
+
+        Raises
+        ------
+        GGUFShardError
+            If the matrix is none of those that are cached (`ModelShards`).
+        """
         key = (w.name, w.first_page)
         if key not in self._bands:
+            if not self._caches(w):
+                raise GGUFShardError(f"tensor {w.name!r}: its pages are not cached")
             self._bands[key] = list(self.shards.cut(w, self.plan.band))
         return self._bands[key]
 
     def acquire(self, band: Band) -> None:
-        """Make a band's shards resident and keep them so until the next call.
+        """Make a band's shards resident and keep them so until the next call, by one thread.
 
         Raises
         ------
         CorruptPageError
-            If one of the pages fails its check twice.
+            If one of the pages fails its check twice; then no band is in use.
         """
         first, last = band.first_shard, band.last_shard
         if self._complete:
             self.stats.reuse_hits += last - first + 1 - self._shared(first, last)
             self._current = (first, last)
             return
-        with self._lock:
+        with self._demand, self._lock:
             missing = self._begin_use(first, last)
             self._ask_ahead(last)
-            if missing:
+            try:
                 self._await(missing)
+            except BaseException:
+                self._end_use()
+                raise
+            while self._prefetcher is None and self._fetch_ahead():
+                pass
+            self._complete = self._is_complete()
 
     def tensor(self, name: str, index: int = 0) -> Any:
         """A tensor, dequantised: float32 [n_rows, n_cols] on the target (`__cuda_array_interface__`
@@ -222,7 +238,7 @@ class Atlas:
         """
         w = self.matrix(name, index)
         out = self.target.empty((w.n_rows, w.n_cols), np.float32)
-        if not self._is_cached[w.first_page >> self.map.shard_shift]:
+        if not self._caches(w):
             self.target.write(out, self.rows(w, range(w.n_rows)))
             return out
         for band in self.bands(w):
@@ -253,20 +269,15 @@ class Atlas:
         ------
         CorruptPageError
             If a page fails its check twice.
+        GGUFShardError
+            If the matrix has no such row, or its type cannot be dequantised.
         """
-        return np.stack([self._row(w, number) for number in numbers])
-
-    def _row(self, w: PagedMatrix, number: int) -> np.ndarray:
-        layout = w.layout
-        pages = w.pages_of_rows(number, number + 1)
-        skipped = (pages[0] - w.first_page) * layout.per_page
-        n_blocks = min(w.n_rows * w.blocks_per_row - skipped, len(pages) * layout.per_page)
-        blocks = np.empty(n_blocks * layout.bytes, np.uint8)
-        unpack_blocks(self._store.read_checked(pages[0], len(pages)), layout, blocks)
-        self.stats.pages_checked += len(pages)
-        start = (number * w.blocks_per_row - skipped) * layout.bytes
-        row = blocks[start : start + w.blocks_per_row * layout.bytes]
-        return dequantize(row, layout.ggml_type).reshape(w.n_cols)
+        wanted = list(numbers)
+        out = np.empty((len(wanted), w.n_cols), np.float32)
+        for row, number in zip(out, wanted, strict=True):
+            row[:] = self._store.read_row(w, number)
+            self.stats.pages_checked += len(w.pages_of_rows(number, number + 1))
+        return out
 
     def atomic_swap(self, shard_ids: Sequence[int], stream: Any = None) -> None:
         """Make shards resident: all of them, or nothing changes.
@@ -274,7 +285,8 @@ class Atlas:
         Parameters
         ----------
         shard_ids
-            Shards of the model, at most as many as the pool has frames that are not pinned.
+            Shards of the model; those to bring in at most as many as there are frames that are
+            neither pinned, nor in use (`acquire`), nor kept free.
         stream
             Ignored where kernels run in launch order on one stream, which is everywhere so far.
 
@@ -289,19 +301,26 @@ class Atlas:
         for shard in wanted:
             if not 0 <= shard < self.map.n_shards or not self._is_cached[shard]:
                 raise GGUFShardError(f"shard {shard}: the model has no cached shard of this number")
-        with self._lock:
-            while self._loading:
-                self._lock.wait()
-            self._load_all_or_nothing(wanted)
+        with self._demand, self._lock:
+            self._swapping = True  # no reading ahead begins
+            try:
+                while self._loading:
+                    self._lock.wait()
+                self._load_all_or_nothing(wanted)
+            finally:
+                self._swapping = False
+                self._lock.notify_all()
 
     # How shards come and go; all with the lock held
 
     def _begin_use(self, first: int, last: int) -> list[int]:
+        n_shards = last - first + 1
+        if n_shards > self.plan.band:
+            raise GGUFShardError(f"{n_shards} shards in a band, {self.plan.band} are planned for")
         missing = self.pool.touch(first, last)
         self.pool.hold(first, last, +1)
         n_shared = self._shared(first, last)
-        if self._current is not None:
-            self.pool.hold(*self._current, -1)
+        self._end_use()
         self._current = (first, last)
         used = [s for s in self._ahead if first <= s <= last]
         self._ahead.difference_update(used)
@@ -311,8 +330,24 @@ class Atlas:
         stats.late_prefetches += late
         stats.prefetch_hits += len(used) + late
         stats.demand_misses += len(missing) - late
-        stats.reuse_hits += last - first + 1 - n_shared - len(missing) - len(used)
+        stats.reuse_hits += n_shards - n_shared - len(missing) - len(used)
         return missing
+
+    def _end_use(self) -> None:
+        if self._current is not None:
+            self.pool.hold(*self._current, -1)
+        self._current = None
+
+    def _caches(self, w: PagedMatrix) -> bool:
+        shift = self.map.shard_shift
+        last_page = w.first_page + w.n_pages - 1
+        return bool(self._is_cached[w.first_page >> shift : (last_page >> shift) + 1].all())
+
+    def _is_complete(self) -> bool:
+        """Whether everything is resident and no shard read ahead waits for its first use."""
+        if self.plan.n_frames < self._n_cached or self._ahead:
+            return False
+        return bool(self.pool.is_resident[self._is_cached].all())
 
     def _is_current(self, shard: int) -> bool:
         return self._current is not None and self._current[0] <= shard <= self._current[1]
@@ -324,36 +359,36 @@ class Atlas:
         return max(0, min(last, self._current[1]) - max(first, self._current[0]) + 1)
 
     def _await(self, missing: list[int]) -> None:
+        """Bring in what is missing; what the prefetcher is at, or has failed at, included."""
         started = time.perf_counter()
-        demanded = [s for s in missing if s not in self._loading]
         try:
-            for i in range(0, len(demanded), self.plan.reserve):
-                self._load(self._lanes[0], demanded[i : i + self.plan.reserve])
-            while any(s in self._loading for s in missing):
-                self._lock.wait()
-            for shard in missing:
-                if not self.pool.is_resident[shard]:
-                    raise self._failed.pop(shard)
+            while absent := [s for s in missing if not self.pool.is_resident[s]]:
+                demanded = [s for s in absent if s not in self._loading]
+                if demanded:
+                    self._load(self._lanes[0], demanded[: self.plan.reserve])
+                else:
+                    self._lock.wait()
         finally:
             self.stats.wait_seconds += time.perf_counter() - started
 
     def _load(self, lane: Lane, shards: Sequence[int]) -> list[int]:
-        """Load up to `reserve` shards; those of the current band, and those read ahead, are held
-        from the moment they are there."""
+        """Load up to `reserve` shards; those of the current band are held from the moment they are
+        there. Returns those given up for them."""
         self._loading.update(shards)
         try:
             evicted = self._swapper.load(lane, shards)
         finally:
             self._loading.difference_update(shards)
         self.pool.hold_each([s for s in shards if self._is_current(s)], +1)
-        if self.plan.n_frames >= self._n_cached:
-            self._complete = bool(self.pool.is_resident[self._is_cached].all())
         return evicted
 
-    def _victims_wanted(self, n_incoming: int) -> int:
-        """As many as keep `reserve` frames free, while anything is left to bring in."""
-        left = self._n_cached - int((self.pool.is_resident & self._is_cached).sum()) - n_incoming
-        return max(0, min(self.plan.reserve, max(left, 0)) - self.pool.n_free)
+    @property
+    def _kept_free(self) -> int:
+        """Frames that stay free whenever nothing is under way; none where everything fits."""
+        return self.plan.reserve if self.plan.n_frames < self._n_cached else 0
+
+    def _victims_wanted(self) -> int:
+        return max(0, self._kept_free - self.pool.n_free)
 
     def _load_all_or_nothing(self, wanted: Sequence[int]) -> None:
         missing = [s for s in wanted if not self.pool.is_resident[s]]
@@ -361,21 +396,36 @@ class Atlas:
         done: list[tuple[list[int], list[int]]] = []
         self.pool.hold_each(held, +1)
         try:
+            self._require_room(len(missing))
             for i in range(0, len(missing), self.plan.reserve):
                 part = list(missing[i : i + self.plan.reserve])
                 done.append((part, self._load(self._lanes[0], part)))
                 self.pool.hold_each(part, +1)
                 held += part
+            self.pool.touch_each(wanted)
         except BaseException:
             for part, evicted in reversed(done):
                 self.pool.hold_each(part, -1)
                 held = [s for s in held if s not in part]
                 self.pool.evict(part)
-                if evicted:
+                # What has gone bad in the meantime comes back no more; it is the next acquire's
+                # error, not this one's.
+                with suppress(GGUFShardError):
                     self._load(self._lanes[0], evicted)
             raise
         finally:
             self.pool.hold_each(held, -1)
+
+    def _require_room(self, n_missing: int) -> None:
+        def room() -> int:
+            return self.pool.n_free + self.pool.n_evictable() - self._kept_free
+
+        if n_missing > room():
+            self._forget_ahead(self._ahead)
+        if n_missing > room():
+            raise GGUFShardError(
+                f"{n_missing} shards to bring in at once: the pool has room for {room()}"
+            )
 
     # Reading ahead
 
@@ -383,30 +433,33 @@ class Atlas:
         window = self.schedule.after(shard, self.plan.distance)
         if not window:
             return
-        stale = self._ahead.difference(window)
-        self._ahead -= stale
-        self.pool.hold_each(list(stale), -1)
+        self._window = set(window)
+        self._forget_ahead(self._ahead - self._window)
         self._wanted = [s for s in window if not self.pool.is_resident[s]]
-        if self._prefetcher is not None:
-            self._lock.notify_all()
-        else:
-            while self._fetch_ahead():
-                pass
+        self._lock.notify_all()
+
+    def _forget_ahead(self, stale: set[int]) -> None:
+        self.pool.hold_each(list(stale), -1)
+        self._ahead = self._ahead - stale
 
     def _fetch_ahead(self) -> bool:
-        """Bring in the next shards of the window; whether there was anything to bring."""
+        """Bring in the next shards of the window; whether there was anything to bring.
+
+        Stands back for a swap, and for a demand that waits for frames.
+        """
+        if self._swapping or self._swapper.n_waiting:
+            return False
         batch = [
             s for s in self._wanted if s not in self._loading and not self.pool.is_resident[s]
         ][: self.plan.reserve]
         self._wanted = [s for s in self._wanted if s not in batch]
-        if not batch or self.plan.distance == 0:
+        if not batch:
             return False
         try:
             self._load(self._lanes[1], batch)
-        except GGUFShardError as error:
-            self._failed.update(dict.fromkeys(batch, error))
-            return True
-        ahead = [s for s in batch if not self._is_current(s)]
+        except GGUFShardError:
+            return True  # whoever needs them reads them again: it is the error of that acquire
+        ahead = [s for s in batch if s in self._window and not self._is_current(s)]
         self._ahead.update(ahead)
         self.pool.hold_each(ahead, +1)
         return True
@@ -417,6 +470,7 @@ class Atlas:
             step = self.plan.reserve
             for i in range(0, len(self._pinned), step):
                 self._load(self._lanes[0], self._pinned[i : i + step])
+            self._complete = self._is_complete()
         self.stats.bytes_filled = self.stats.bytes_moved
 
     # Sizes

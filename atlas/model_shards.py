@@ -53,7 +53,7 @@ class ModelShards:
             rest = [t for t in cached if t.slices[0].zone != "high" and not is_expert(t)]
             rest.sort(key=lambda t: t.slices[0].first_page)
         else:
-            rest = [self.tensors[name] for name in order]
+            rest = [self._tensor(name) for name in order]
         self.high = self._shards(high)
         self.schedule = [s for s in self._shards(rest) if s not in set(self.high)]
         taken = {*self.high, *self.schedule}
@@ -69,17 +69,22 @@ class ModelShards:
                 shards.update(dict.fromkeys(range(s.first_page >> shift, (last >> shift) + 1)))
         return list(shards)
 
+    def _tensor(self, name: str) -> TensorEntry:
+        if name not in self.tensors:
+            raise GGUFShardError(f"tensor {name!r}: the model has none of this name")
+        return self.tensors[name]
+
     def matrix(self, name: str, index: int = 0) -> PagedMatrix:
         """Slice `index` of a tensor as a matrix of rows.
 
         Raises
         ------
         GGUFShardError
-            If the model has no such tensor.
+            If the model has no such tensor, or the tensor no such slice.
         """
-        if name not in self.tensors:
-            raise GGUFShardError(f"tensor {name!r}: the model has none of this name")
-        tensor = self.tensors[name]
+        tensor = self._tensor(name)
+        if not 0 <= index < len(tensor.slices):
+            raise GGUFShardError(f"tensor {name!r}: slice {index} of {len(tensor.slices)}")
         layout = tensor.layout(self.map.atlas.memory_layout)
         n_rows = tensor.n_blocks * layout.elements // tensor.shape[0] // len(tensor.slices)
         first_page = tensor.slices[index].first_page

@@ -105,8 +105,9 @@ def _facts(model: LlamaModel, prompt: list[int], result: Generation, text: str) 
         "link_gb_per_s": phase.bytes_moved / seconds / 1e9 if seconds else 0.0,
         "link_bandwidth_gb_per_s": link / 1e9,
         "memory_bandwidth_gb_per_s": memory / 1e9 if memory is not None else None,
-        "limit_tokens_per_second": limit,
-        "fraction_of_limit": result.tokens_per_second / limit,
+        # JSON has no infinity: where nothing is known to bound the speed, there is no limit.
+        "limit_tokens_per_second": limit if np.isfinite(limit) else None,
+        "fraction_of_limit": result.tokens_per_second / limit if np.isfinite(limit) else None,
         "expected_reuse_ratio": atlas.expected_reuse_ratio,
         "frames": atlas.plan.n_frames,
         "pages_checked": atlas.stats.pages_checked,
@@ -125,6 +126,12 @@ def _summary(facts: dict[str, Any]) -> str:
     ]
     memory = facts["memory_bandwidth_gb_per_s"]
     memory_text = "memory not measured" if memory is None else f"memory {memory:.1f} GB/s"
+    limit_text = "limit unknown"
+    if facts["limit_tokens_per_second"] is not None:
+        limit_text = (
+            f"limit {facts['limit_tokens_per_second']:.2f} tokens/s, "
+            f"reached {100 * facts['fraction_of_limit']:.0f} %"
+        )
     return "\n".join(
         (
             f"{facts['tokens_per_second']:.2f} tokens/s ({len(facts['tokens'])} tokens), "
@@ -137,8 +144,7 @@ def _summary(facts: dict[str, Any]) -> str:
             f"{format_bytes(facts['bytes_per_token'])} moved per token, "
             f"{facts['pages_checked']} pages checked",
             f"link {facts['link_gb_per_s']:.2f} of {facts['link_bandwidth_gb_per_s']:.2f} GB/s, "
-            f"{memory_text}: limit {facts['limit_tokens_per_second']:.2f} tokens/s, "
-            f"reached {100 * facts['fraction_of_limit']:.0f} %",
+            f"{memory_text}: {limit_text}",
         )
     )
 

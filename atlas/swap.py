@@ -60,9 +60,14 @@ class Swapper:
     stats
         Counts to add to.
     victims_wanted
-        Called with the lock held and the shards coming in; how many residents should make room.
+        Called with the lock held when shards have come in; how many residents should make room.
     newest_first
         Direction of the policy.
+
+    Attributes
+    ----------
+    n_waiting
+        Threads that wait for free frames.
     """
 
     def __init__(
@@ -71,7 +76,7 @@ class Swapper:
         store: FileStore,
         changed: threading.Condition,
         stats: CacheStats,
-        victims_wanted: Callable[[int], int],
+        victims_wanted: Callable[[], int],
         newest_first: bool,
     ) -> None:
         self.pool = pool
@@ -81,6 +86,7 @@ class Swapper:
         self.victims_wanted = victims_wanted
         self.newest_first = newest_first
         self.in_flight = 0
+        self.n_waiting = 0
 
     def load(self, lane: Lane, shards: Sequence[int]) -> list[int]:
         """Make up to `MAX_RESERVE` shards resident that are not; returns those given up for them.
@@ -92,13 +98,9 @@ class Swapper:
         CorruptPageError
             If a page does not hold, and again when read a second time. The pool is as before.
         GGUFShardError
-            If the file cannot be read. Likewise.
+            If the file cannot be read, or the pool has no room for so many. Likewise.
         """
-        while self.pool.n_free < len(shards):
-            if not self.in_flight:
-                raise GGUFShardError(f"the pool has no room for {len(shards)} more shards at once")
-            self.changed.wait()
-        frames = self.pool.take_free(len(shards))
+        frames = self._take_frames(len(shards))
         self.in_flight += 1
         held = True
         try:
@@ -109,7 +111,7 @@ class Swapper:
             elapsed = time.perf_counter() - started
             self.changed.acquire()
             held = True
-            n_victims = self.victims_wanted(len(shards))
+            n_victims = self.victims_wanted()
             evicted = self.pool.publish(shards, frames, n_victims, self.newest_first)
         except BaseException:
             if not held:
@@ -124,6 +126,19 @@ class Swapper:
         self.stats.bytes_moved += n_bytes
         self.stats.pages_checked += n_bytes // PAGE_BYTES
         return evicted
+
+    def _take_frames(self, count: int) -> list[int]:
+        """Free frames, waited for while another thread's load will free some."""
+        while self.pool.n_free < count:
+            if not self.in_flight:
+                raise GGUFShardError(f"the pool has no room for {count} more shards at once")
+            self.n_waiting += 1
+            try:
+                self.changed.wait()
+            finally:
+                self.n_waiting -= 1
+                self.changed.notify_all()  # whoever stood back for this one
+        return self.pool.take_free(count)
 
     def _bring_in(self, lane: Lane, shards: Sequence[int], frames: Sequence[int]) -> int:
         n_bytes, faults = self._read_and_check(lane, shards, frames)

@@ -97,6 +97,10 @@ class LlamaConfig:
     def _check(self, read: _Keys) -> None:
         if self.n_head % self.n_head_kv:
             raise read.fail("attention.head_count_kv", f"{self.n_head_kv} does not divide n_head")
+        if self.rope_freq_base <= 0:
+            raise read.fail("rope.freq_base", f"{self.rope_freq_base} is not positive")
+        if self.rms_norm_eps < 0:
+            raise read.fail("attention.layer_norm_rms_epsilon", f"{self.rms_norm_eps} is negative")
         if self.n_rot % 2 or self.n_rot > self.head_dim:
             raise read.fail("rope.dimension_count", f"{self.n_rot} of {self.head_dim} dimensions")
         if read.count("attention.value_length", self.head_dim) != self.head_dim:

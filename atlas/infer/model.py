@@ -229,10 +229,10 @@ class LlamaModel:
     def _feed_forward(self, number: int, b: dict[str, Any]) -> None:
         target, layer = self.target, self.weights.layers[number]
         rms_norm(target, b["h"], b["x"], layer["ffn_norm"], self.config.rms_norm_eps)
-        self.weights.multiply(b["gate"], layer["ffn_gate"], b["h"])
-        self.weights.multiply(b["up"], layer["ffn_up"], b["h"])
+        self._multiply(b["gate"], layer, "ffn_gate", b["h"])
+        self._multiply(b["up"], layer, "ffn_up", b["h"])
         swiglu(target, b["gate"], b["gate"], b["up"])
-        self.weights.multiply(b["delta"], layer["ffn_down"], b["gate"])
+        self._multiply(b["delta"], layer, "ffn_down", b["gate"])
         add(target, b["x"], b["delta"])
 
     def _feed_experts(self, number: int, b: dict[str, Any]) -> None:
@@ -240,7 +240,7 @@ class LlamaModel:
         softmax over the chosen ones' logits."""
         target, layer = self.target, self.weights.layers[number]
         rms_norm(target, b["h"], b["x"], layer["ffn_norm"], self.config.rms_norm_eps)
-        self.weights.multiply(b["router"], layer["ffn_gate_inp"], b["h"])
+        self._multiply(b["router"], layer, "ffn_gate_inp", b["h"])
         chosen, shares = route(target.get(b["router"]), self.config.n_expert_used)
         for expert in np.unique(chosen).tolist():
             for t in np.flatnonzero((chosen == expert).any(axis=1)).tolist():

@@ -53,17 +53,32 @@ class Sampler:
         self._random = np.random.default_rng(seed)
 
     def choose(self, target: Target, logits: Any) -> int:
-        """The next token from float32 [n_vocab] on the target."""
-        if self.temperature == 0:
-            return argmax(target, logits)
-        return self._draw(target.get(logits).astype(np.float64))
+        """The next token from float32 [n_vocab] on the target.
+
+        Raises
+        ------
+        GGUFShardError
+            If the logits are not numbers: the weights are none, or too large.
+        """
+        if self.temperature > 0:
+            return self._draw(target.get(logits).astype(np.float64))
+        token = argmax(target, logits)
+        _check_finite(target.get(logits[token : token + 1]))
+        return token
 
     def _draw(self, logits: np.ndarray) -> int:
+        _check_finite(logits)
         tokens = np.argsort(-logits, kind="stable")[: self.top_k or None]
-        scaled = logits[tokens] / self.temperature
-        shares = np.exp(scaled - scaled[0])
+        # The highest logit goes first: however small the temperature, it divides 0.
+        with np.errstate(over="ignore"):
+            shares = np.exp((logits[tokens] - logits[tokens[0]]) / self.temperature)
         shares /= shares.sum()
         # The smallest set that reaches top_p, and never an empty one.
         n_kept = int(np.searchsorted(np.cumsum(shares), self.top_p)) + 1
         shares = shares[:n_kept] / shares[:n_kept].sum()
         return int(tokens[self._random.choice(len(shares), p=shares)])
+
+
+def _check_finite(logits: np.ndarray) -> None:
+    if not np.isfinite(logits).all():
+        raise GGUFShardError("logits are not finite: the model's weights are no numbers")

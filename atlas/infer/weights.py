@@ -18,6 +18,7 @@ from forge.errors import GGUFShardError
 from forge.sgmap import ShardMap
 
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+_ROUTER = "ffn_gate_inp"
 _DENSE = ("ffn_gate", "ffn_up", "ffn_down")
 _EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
@@ -26,7 +27,10 @@ def execution_order(shard_map: ShardMap, config: LlamaConfig) -> list[str]:
     """Matrices in the order in which every pass multiplies by them; GGUFShardError if one is
     missing."""
     names = {tensor.name for tensor in shard_map.tensors}
-    per_layer = _ATTENTION if config.n_expert else (*_ATTENTION, *_DENSE)
+    per_layer = (*_ATTENTION, *_DENSE)
+    if config.n_expert:
+        # Of many experts a pass reads some, of a single one all; the router it always reads.
+        per_layer = (*_ATTENTION, _ROUTER, *(_EXPERTS if config.n_expert == 1 else ()))
     order = [f"blk.{i}.{stem}.weight" for i in range(config.n_layer) for stem in per_layer]
     order.append(OUTPUT if OUTPUT in names else EMBEDDING)
     for name in (*order, EMBEDDING):
@@ -68,7 +72,7 @@ class Weights:
             "ffn_down": (c.n_embd, c.n_ff),
         }
         self._shapes = shapes | {f"{name}_exps": shapes[name] for name in _DENSE}
-        self._shapes["ffn_gate_inp"] = (c.n_expert, c.n_embd)
+        self._shapes[_ROUTER] = (c.n_expert, c.n_embd)
         self.embedding = self._matrix(EMBEDDING, (None, c.n_embd))
         self.n_vocab = self.embedding.n_rows
         output = OUTPUT if OUTPUT in atlas.shards.tensors else EMBEDDING
@@ -78,17 +82,16 @@ class Weights:
 
     def _layer(self, number: int) -> dict[str, Any]:
         prefix = f"blk.{number}."
-        stems = ["ffn_gate_inp"] if self.config.n_expert else list(_DENSE)
+        stems = (*_ATTENTION, *((_ROUTER,) if self.config.n_expert else _DENSE))
         layer: dict[str, Any] = {
-            stem: self._matrix(f"{prefix}{stem}.weight", self._shapes[stem])
-            for stem in (*_ATTENTION, *stems)
+            stem: self._matrix(f"{prefix}{stem}.weight", self._shapes[stem]) for stem in stems
         }
         if self.config.n_expert:
             for stem in _EXPERTS:
                 layer[stem] = self._experts(f"{prefix}{stem}.weight", self._shapes[stem])
         for stem in ("attn_norm", "ffn_norm"):
             layer[stem] = self._vector(f"{prefix}{stem}.weight", self.config.n_embd)
-        for stem in _ATTENTION:
+        for stem in stems:
             name = f"{prefix}{stem}.bias"
             if name in self.atlas.shards.tensors:
                 layer[f"{stem}.bias"] = self._vector(name, self._shapes[stem][0])

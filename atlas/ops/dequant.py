@@ -1,4 +1,4 @@
-"""Rows of a paged matrix as float32: `dequantise` a range of rows, `embed` chosen ones.
+"""Rows of a paged matrix as float32.
 
 Values are exactly those of ggml's dequantisation (`d * q`, `d * sc * q - dmin * m`), see
 `atlas.ops.block_values`; kernels may fuse the last multiplication and subtraction.
@@ -25,8 +25,8 @@ from atlas.target import Target
 from forge.jit import cached_njit
 
 
-def _kernels(matrix_value: Any) -> tuple[Any, Any]:
-    """`dequantise_kernel` and `embed_kernel` of one type: a thread per element, grid-stride."""
+def _kernel(matrix_value: Any) -> Any:
+    """`dequantise_kernel` of one type: a thread per element, grid-stride."""
 
     @cuda.jit
     def dequantise_kernel(
@@ -39,22 +39,10 @@ def _kernels(matrix_value: Any) -> tuple[Any, Any]:
                 begin * n_cols + i,
             )  # fmt: skip
 
-    @cuda.jit
-    def embed_kernel(
-        out, tokens, frames, table, shard_shift, first_page, per_page, elements, places
-    ):
-        n_cols = np.int64(out.shape[1])
-        for i in range(cuda.grid(1), np.int64(out.shape[0]) * n_cols, cuda.gridsize(1)):
-            t, column = i // n_cols, i % n_cols
-            out[t, column] = matrix_value(
-                frames, table, shard_shift, first_page, per_page, elements, places,
-                np.int64(tokens[t]) * n_cols + column,
-            )  # fmt: skip
-
-    return dequantise_kernel, embed_kernel
+    return dequantise_kernel
 
 
-_KERNELS = {kind: _kernels(body) for kind, body in MATRIX_VALUES.items()}
+_KERNELS = {kind: _kernel(body) for kind, body in MATRIX_VALUES.items()}
 
 
 @cached_njit()
@@ -128,7 +116,7 @@ def dequantise(
     if begin == end:
         return
     if target.is_cuda:
-        kernel, _ = _KERNELS[w.ggml_type]
+        kernel = _KERNELS[w.ggml_type]
         kernel[grid_size(target, out.size), target.block](out, begin, *matrix)
     elif config.DISABLE_JIT:
         _dequantise_interpreted(out, begin, w, matrix)
@@ -136,47 +124,10 @@ def dequantise(
         _loop(int(w.ggml_type))(out, begin, *matrix)
 
 
-def embed(target: Target, out: Any, cache: PageCache, w: PagedMatrix, tokens: Any) -> None:
-    """Write the rows of a matrix that `tokens` names as float32.
-
-    Parameters
-    ----------
-    target
-        Where to run.
-    out
-        float32 [n_tokens, n_cols] to fill.
-    cache, w
-        The pages, those of the named rows resident, and the embedding matrix.
-    tokens
-        int32 [n_tokens], each within 0..n_rows - 1.
-
-    Raises
-    ------
-    GGUFShardError
-        If the matrix has a type that cannot be computed with.
-    """
-    check_array("tokens", tokens, np.int32, (None,))
-    check_array("out", out, np.float32, (tokens.shape[0], w.n_cols))
-    matrix = matrix_arguments(cache, w)
-    if tokens.shape[0] == 0:
-        return
-    if target.is_cuda:
-        _, kernel = _KERNELS[w.ggml_type]
-        kernel[grid_size(target, out.size), target.block](out, tokens, *matrix)
-    else:
-        for t, token in enumerate(tokens.tolist()):
-            dequantise(target, out[t : t + 1], cache, w, token, token + 1)
-
-
-KERNELS: dict[str, tuple[Any, tuple[Any, ...]]] = {}
-for _kind, (_dequantise_kernel, _embed_kernel) in _KERNELS.items():
-    _matrix = matrix_signature(_kind)
-    _name = _kind.name.lower()
-    KERNELS[f"dequantise_kernel_{_name}"] = (
-        _dequantise_kernel,
-        (types.float32[:, ::1], types.int64, *_matrix),
+KERNELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    f"dequantise_kernel_{kind.name.lower()}": (
+        kernel,
+        (types.float32[:, ::1], types.int64, *matrix_signature(kind)),
     )
-    KERNELS[f"embed_kernel_{_name}"] = (
-        _embed_kernel,
-        (types.float32[:, ::1], types.int32[::1], *_matrix),
-    )
+    for kind, kernel in _KERNELS.items()
+}

@@ -7,7 +7,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from atlas.ops.block_values import half_to_float
-from atlas.ops.dequant import dequantise, embed
+from atlas.ops.dequant import dequantise
 from atlas.target import CpuTarget, Target
 from forge.block_layouts import MEMORY_LAYOUTS
 from forge.errors import GGUFShardError
@@ -36,25 +36,12 @@ def test_dequantise_matches_gguf(
         assert_same_values(target, ggml_type, target.get(out), s.weights[begin:end])
 
 
-@pytest.mark.parametrize("ggml_type", TYPES, ids=lambda kind: kind.name)
-def test_embed_takes_rows_in_the_order_of_tokens(
-    target: Target, ggml_type: GGMLQuantizationType
-) -> None:
-    s = sample(target, ggml_type, "column_major")
-    tokens = np.array([s.matrix.n_rows - 1, 0, s.matrix.n_rows - 1], np.int32)
-    for n_tokens in (1, 3):
-        out = target.full((n_tokens, s.matrix.n_cols), np.nan, np.float32)
-        embed(target, out, s.cache, s.matrix, target.put(tokens[:n_tokens]))
-        assert_same_values(target, ggml_type, target.get(out), s.weights[tokens[:n_tokens]])
-
-
-def test_no_rows_and_no_tokens() -> None:
+def test_no_rows() -> None:
     target = CpuTarget()
     s = sample(target, GGMLQuantizationType.Q8_0, "column_major")
     out = np.empty((0, s.matrix.n_cols), np.float32)
     for row in (0, s.matrix.n_rows):
         dequantise(target, out, s.with_resident(target, 0, 1), s.matrix, row, row)
-    embed(target, out, s.cache, s.matrix, np.empty(0, np.int32))
 
 
 def test_half_to_float_on_every_float16() -> None:
@@ -67,11 +54,8 @@ def test_half_to_float_on_every_float16() -> None:
 def test_unknown_type_is_refused(target: Target) -> None:
     s = sample(target, GGMLQuantizationType.Q8_0, "column_major")
     out = target.full((1, s.matrix.n_cols), np.nan, np.float32)
-    tokens = target.full(1, 0, np.int32)
     with pytest.raises(GGUFShardError, match="tensor w: cannot compute with IQ4_NL"):
         dequantise(target, out, s.cache, of_unknown_type(s), 0, 1)
-    with pytest.raises(GGUFShardError, match="IQ4_NL"):
-        embed(target, out, s.cache, of_unknown_type(s), tokens)
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -86,5 +70,3 @@ def test_wrong_arguments_are_refused() -> None:
         dequantise(target, np.empty((1, n_cols)), s.cache, s.matrix, 0, 1)
     with pytest.raises(ValueError, match="out is not C-contiguous"):
         dequantise(target, np.empty((2, 2 * n_cols), np.float32)[:, ::2], s.cache, s.matrix, 0, 2)
-    with pytest.raises(TypeError, match="tokens has dtype int64"):
-        embed(target, np.empty((1, n_cols), np.float32), s.cache, s.matrix, np.zeros(1, np.int64))

@@ -17,7 +17,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
-from experiments import make_model
+from experiments import make_model, random_blocks
 from experiments.make_model import MIN_VOCAB, PRESETS, SPACE, TYPE_NAMES, vocabulary, write_model
 from forge.errors import GGUFShardError
 
@@ -135,7 +135,7 @@ def test_no_two_rows_or_pages_are_alike(tmp_path: Path, type_name: str) -> None:
     # More than one chunk per tensor, so that a repeated chunk would be seen as well.
     path = write_model(tmp_path / "m.gguf", "tiny", type_name, layers=1, vocab=20_000)
     tensors = read_tensors(path)
-    assert tensors["token_embd.weight"].n_bytes > make_model.CHUNK_BYTES
+    assert tensors["token_embd.weight"].n_bytes > random_blocks.CHUNK_BYTES
     matrices = [tensor for tensor in tensors.values() if len(tensor.shape) == 2]
     rows = [row.tobytes() for tensor in matrices for row in tensor.data]
     assert len(set(rows)) == len(rows) > 20_000
@@ -323,7 +323,7 @@ def test_nothing_is_left_after_an_interruption(
         assert [entry.suffix for entry in tmp_path.iterdir()] == [".tmp"]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(make_model, "_random_blocks", interrupt)
+    monkeypatch.setattr(random_blocks, "_random_blocks", interrupt)
     command = ["--preset", "tiny", "--type", "Q8_0", "-o", str(tmp_path / "m.gguf")]
     assert make_model.main(command) == 1
     assert "interrupted" in capsys.readouterr().err

@@ -1,0 +1,244 @@
+"""Tables and plots from rows that `experiments.bench` wrote. Measures nothing.
+
+    python -m experiments.report [--machine NAME] [--write README.md] [--plot FILE.png]
+
+`--write` puts the table between the lines `<!-- results:cpu -->` and `<!-- /results -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.bench import RESULTS, machine_name
+from experiments.cases import GOALS, OURS, Goal
+from forge.command import run_command
+from forge.errors import GGUFShardError
+
+Row = Mapping[str, Any]
+
+BEGIN, END = "<!-- results:cpu -->", "<!-- /results -->"
+_HEAD = ("case", "variant", "median", "p20 to p80", "limit", "of limit", "of peer")
+
+
+def read_rows(machine: str, results: Path = RESULTS) -> list[dict[str, Any]]:
+    """All rows of a machine, case by case.
+
+    Raises
+    ------
+    GGUFShardError
+        If there are none, or a file holds no rows.
+    """
+    rows: list[dict[str, Any]] = []
+    for path in sorted((results / machine).glob("*.json")):
+        try:
+            rows += json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise GGUFShardError(f"{path}: no JSON rows: {error}") from None
+    if not rows:
+        raise GGUFShardError(f"{results / machine}: no results (python -m experiments.exp_cpu)")
+    return rows
+
+
+def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The table as text, head first; a row that was not validated shows no figure."""
+    cells: list[tuple[str, ...]] = [_HEAD]
+    for row in rows:
+        label = _label(row)
+        if not row["validated"]:
+            cells.append((label, row["variant"], "wrong result", "", "", "", ""))
+            continue
+        unit = row["unit"]
+        spread = f"{_figure(row['p20'])} to {_figure(row['p80'])}" if row["n"] > 1 else ""
+        limit = f"{_figure(row['limit'])} {unit}" if row["limit"] is not None else ""
+        if limit and row["limit_by"]:
+            limit += f" ({row['limit_by']})"
+        fraction = row["fraction_of_limit"]
+        ratio = of_peer(row, rows)
+        cells.append(
+            (
+                label,
+                row["variant"],
+                f"{_figure(row['median'])} {unit}",
+                spread,
+                limit,
+                "" if fraction is None else f"{100 * fraction:.0f} %",
+                "" if ratio is None else f"{ratio:.2f}",
+            )
+        )
+    return cells
+
+
+def of_peer(row: Row, rows: Sequence[Row]) -> float | None:
+    """How our row compares with its peer, the first other variant of the same case and params:
+    1 is level, more is better. None for rows of peers and where there is no peer."""
+    if row["variant"] != OURS or not row["validated"]:
+        return None
+    for other in rows:
+        same = other["case"] == row["case"] and other["params"] == row["params"]
+        if same and other["variant"] != OURS and other["validated"]:
+            ratio = float(row["median"] / other["median"])
+            return ratio if row["better"] == "higher" else 1 / ratio
+    return None
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, and one line about where they come from."""
+    head, *body = table_cells(rows)
+    lines = [_markdown_line(head), _markdown_line(("---",) * len(head))]
+    lines += [_markdown_line(cells) for cells in body]
+    return "\n".join([*lines, "", provenance(rows)])
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text for a terminal."""
+    cells = table_cells(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def provenance(rows: Sequence[Row]) -> str:
+    """Machine, commits and dates of the rows, in a sentence."""
+    host = rows[0]["host"]
+    commits = sorted({_commit(row) for row in rows})
+    dates = sorted({row["date"] for row in rows})
+    versions = rows[0]["versions"]
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return (
+        f"{host['cpu']}, {host['cores']} cores; Python {versions['python']}, "
+        f"NumPy {versions['numpy']}, Numba {versions['numba']}; "
+        f"commit {', '.join(commits)}; {span}."
+    )
+
+
+def goal_lines(rows: Sequence[Row]) -> list[str]:
+    """One line for every measured figure that has a goal."""
+    lines = []
+    for goal in GOALS:
+        for row in rows:
+            if row["case"] == goal.case and row["validated"]:
+                lines += _goal_line(goal, row, rows)
+    return lines
+
+
+def _goal_line(goal: Goal, row: Row, rows: Sequence[Row]) -> list[str]:
+    label = f"{_label(row)}, {row['variant']}"
+    value, unit = row["median"], row["unit"]
+    if goal.of_peer is not None:
+        ratio = of_peer(row, rows)
+        if ratio is None:
+            return []
+        ok, text = ratio >= goal.of_peer, f"{ratio:.2f} of the peer, goal {goal.of_peer:g}"
+    elif goal.at_least is not None:
+        ok = value >= goal.at_least
+        text = f"{_figure(value)} {unit}, goal at least {goal.at_least:g}"
+    else:
+        assert goal.at_most is not None
+        ok = value <= goal.at_most
+        text = f"{_figure(value)} {unit}, goal at most {goal.at_most:g}"
+    return [f"{label}: {text}: {'reached' if ok else 'missed'}"]
+
+
+def insert_table(text: str, table: str, name: str) -> str:
+    """A document with the table between its markers in place of what stood there.
+
+    Raises
+    ------
+    GGUFShardError
+        If the document `name` does not hold the markers once, in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest:
+        raise GGUFShardError(f"{name}: want one line {BEGIN} and behind it a line {END}")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def plot_fractions(rows: Sequence[Row], path: Path) -> None:
+    """Bars: how near each validated row comes to its limit."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row["fraction_of_limit"] is not None]
+    if not shown:
+        raise GGUFShardError(f"{path}: no row has a limit to be drawn against")
+    labels = [f"{_label(row)}\n{row['variant']}" for row in shown]
+    shares = [100 * row["fraction_of_limit"] for row in shown]
+    colours = ["#0072B2" if row["variant"] == OURS else "#999999" for row in shown]
+    figure = Figure(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(labels, shares, color=colours)
+    axes.bar_label(
+        bars, [f" {_figure(row['median'])} {row['unit']}" for row in shown], fontsize=8
+    )
+    axes.axvline(100, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set(
+        xlabel="% of the limit (line)", xlim=(0, 1.2 * max(100, *shares)), title=provenance(rows)
+    )
+    axes.title.set_fontsize(8)
+    figure.savefig(path, dpi=110)
+
+
+def _commit(row: Row) -> str:
+    commit = (row["commit"] or "unknown")[:7]
+    return f"{commit} with changes" if row["dirty"] else commit
+
+
+def _label(row: Row) -> str:
+    """Case and params: "decode: random 1b Q8_0, 2 threads"."""
+    params = [
+        f"{value} {key.replace('_', ' ')}" if isinstance(value, int) else str(value)
+        for key, value in row["params"].items()
+    ]
+    return f"{row['case']}: {', '.join(params)}" if params else str(row["case"])
+
+
+def _figure(value: float) -> str:
+    """Three digits."""
+    if value == 0:
+        return "0"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _run(args: argparse.Namespace) -> int:
+    rows = read_rows(args.machine, args.results)
+    table = markdown_table(rows)
+    if args.plot is not None:
+        plot_fractions(rows, args.plot)
+    if args.write is None:
+        print(table)
+    else:
+        text = insert_table(args.write.read_text(encoding="utf-8"), table, args.write.name)
+        args.write.write_text(text, encoding="utf-8")
+    for line in goal_lines(rows):
+        print(line, file=sys.stderr)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0, or 1 after one line about what went wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report", description="Tables and plots from recorded rows."
+    )
+    parser.add_argument("--machine", default=machine_name(), help="default: this one")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table in this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw shares of the limits")
+    parser.set_defaults(run=_run)
+    return run_command(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Order of execution, device memory of vectors, products band by band."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atlas.errors import BudgetError
+from atlas.infer.config import LlamaConfig
+from atlas.infer.weights import Weights, execution_order, vector_bytes
+from atlas.manager import Atlas
+from atlas.target import CpuTarget
+from forge.errors import GGUFShardError
+from forge.sgmap_reader import load_map
+from forge.sharded_model import ShardedModel
+from forge.sizes import parse_size
+from tests.llama_factory import LlamaShape, Types, shard_llama
+from tests.naive_llama import NaiveLlama
+
+DENSE = LlamaShape(n_layer=1, biases=("attn_k",), ggml_type=Types.F16, rope_factors=True)
+MIXTURE = LlamaShape(n_layer=1, n_expert=4, n_expert_used=2)
+
+
+def config_of(map_path: Path) -> LlamaConfig:
+    with ShardedModel(map_path) as model:
+        return LlamaConfig.from_metadata(model.source_header().metadata)
+
+
+def order_of(folder: Path, shape: LlamaShape) -> list[str]:
+    _, map_path = shard_llama(folder, shape)
+    return execution_order(load_map(map_path), config_of(map_path))
+
+
+def test_execution_order(tmp_path: Path) -> None:
+    attention = [f"blk.0.{stem}.weight" for stem in ("attn_q", "attn_k", "attn_v", "attn_output")]
+    feed_forward = [f"blk.0.{stem}.weight" for stem in ("ffn_gate", "ffn_up", "ffn_down")]
+    assert order_of(tmp_path / "dense", DENSE) == [*attention, *feed_forward, "output.weight"]
+    tied = order_of(tmp_path / "tied", replace(DENSE, tied=True))
+    assert tied == [*attention, *feed_forward, "token_embd.weight"]
+    router = "blk.0.ffn_gate_inp.weight"
+    assert order_of(tmp_path / "mixture", MIXTURE) == [*attention, router, "output.weight"]
+    alone = order_of(tmp_path / "alone", replace(MIXTURE, n_expert=1, n_expert_used=1))
+    experts = [f"blk.0.{stem}_exps.weight" for stem in ("ffn_gate", "ffn_up", "ffn_down")]
+    assert alone == [*attention, router, *experts, "output.weight"]
+
+
+def test_an_incomplete_model_has_no_order(tmp_path: Path) -> None:
+    for name in ("blk.0.attn_v.weight", "token_embd.weight", "blk.0.ffn_down.weight"):
+        with pytest.raises(GGUFShardError, match=f"tensor '{name}': the model has none"):
+            order_of(tmp_path / name, replace(DENSE, shapes={name: None}))
+
+
+def test_vector_bytes(tmp_path: Path) -> None:
+    """Three norms, a bias, the factors of the rotation; 4 bytes an element whatever the type."""
+    types = {"output_norm.weight": Types.F16}
+    _, map_path = shard_llama(tmp_path, replace(DENSE, types=types))
+    assert vector_bytes(load_map(map_path)) == 4 * (3 * 64 + 32 + 8)
+
+
+@pytest.fixture(params=["all", "smallest"])
+def weights(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Weights, NaiveLlama]]:
+    """Everything resident, or as little as works."""
+    path, map_path = shard_llama(tmp_path, DENSE)
+    config, target = config_of(map_path), CpuTarget()
+    order = execution_order(load_map(map_path), config)
+
+    def opened(budget: str) -> Atlas:
+        return Atlas(ShardedModel(map_path), target, parse_size(budget), order=order)
+
+    budget = "100%"
+    if request.param == "smallest":
+        with pytest.raises(BudgetError) as caught:
+            opened("1")
+        budget = str(caught.value.smallest_bytes)
+    with opened(budget) as atlas:
+        yield Weights(atlas, config, target.full(1 << 12, np.nan, np.float32)), NaiveLlama(path)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 5])
+def test_products(weights: tuple[Weights, NaiveLlama], n_tokens: int) -> None:
+    of_pages, naive = weights
+    rng = np.random.default_rng(n_tokens)
+    for stem, w in (("ffn_up", of_pages.layers[0]["ffn_up"]), ("output", of_pages.output)):
+        name = "output.weight" if stem == "output" else f"blk.0.{stem}.weight"
+        x = rng.standard_normal((n_tokens, w.n_cols), dtype=np.float32)
+        y = np.full((n_tokens, w.n_rows), np.nan, np.float32)
+        of_pages.multiply(y, w, x)
+        want = x.astype(np.float64) @ naive.tensors[name].T
+        np.testing.assert_allclose(y, want, atol=1e-5)
+
+
+def test_rows_and_vectors(weights: tuple[Weights, NaiveLlama]) -> None:
+    of_pages, naive = weights
+    tokens = [95, 0, 40, 40]
+    np.testing.assert_array_equal(
+        of_pages.embed(tokens), naive.tensors["token_embd.weight"][tokens]
+    )
+    layer = of_pages.layers[0]
+    np.testing.assert_array_equal(layer["attn_norm"], naive.tensors["blk.0.attn_norm.weight"])
+    np.testing.assert_array_equal(layer["attn_k.bias"], naive.tensors["blk.0.attn_k.bias"])
+    factors = of_pages.rope_factors()
+    assert factors is not None
+    np.testing.assert_array_equal(factors, naive.tensors["rope_freqs.weight"])
+    assert of_pages.n_vocab == 96
