@@ -44,7 +44,7 @@ def _tokenizer(model: ShardedModel) -> Tokenizer | None:
 
 
 class _Writer:
-    """Writes text to stdout as its tokens come."""
+    """Writes text to stdout as its tokens come; their numbers where nobody can spell them."""
 
     def __init__(self, stream: TextStream | None, quiet: bool) -> None:
         self._stream = stream
@@ -56,8 +56,7 @@ class _Writer:
         return "".join(self._pieces)
 
     def token(self, token: int) -> None:
-        if self._stream is not None:
-            self._write(self._stream.push(token))
+        self._write(f"{token} " if self._stream is None else self._stream.push(token))
 
     def end(self) -> None:
         if self._stream is not None:
@@ -72,7 +71,9 @@ class _Writer:
             sys.stdout.flush()
 
 
-def _facts(model: LlamaModel, prompt: list[int], result: Generation, text: str) -> dict[str, Any]:
+def _facts(
+    model: LlamaModel, prompt: list[int], result: Generation, text: str | None
+) -> dict[str, Any]:
     atlas = model.atlas
     decode, prompt_phase = result.decode_stats, result.prompt_stats
     # Steady state is what decoding shows; without a decode pass the prompt's has to do.
@@ -176,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
             if args.logits_out is not None:
                 _save_logits(args.logits_out, result.prompt_logits)
             if args.json or not args.quiet:
-                facts = _facts(model, prompt, result, writer.text)
+                facts = _facts(model, prompt, result, writer.text if tokenizer else None)
     if args.json:
         print_json(facts)
     elif not args.quiet:

@@ -162,7 +162,8 @@ class CudaTarget(Target):
 
     def _allocate(self, shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, Any]:
         array = cuda.device_array(shape, dtype)
-        return array, array
+        # Views share the allocation, and outlive the array they were made of.
+        return array, getattr(array, "gpu_data", array)
 
 
 def cuda_is_usable() -> bool:

@@ -210,7 +210,8 @@ def write_rows(
 def describe_environment() -> dict[str, Any]:
     """Sources, host and versions, without names of hosts or folders."""
     gpu, driver = _gpu()
-    changes = _git("status", "--porcelain")
+    # What has just been recorded is no change of the sources.
+    changes = _git("status", "--porcelain", "--", ".", ":!experiments/results")
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from experiments.bench import Case, Variant, measure, record
 from experiments.cases import OURS
 from experiments.cpu_session import Session
 from experiments.llama_peer import LlamaPeer
-from experiments.machine_limits import product_flops
+from experiments.machine_limits import Best, product_flops
 from forge.errors import GGUFShardError
 from forge.sgmap import TensorEntry
 from forge.sharded_model import ShardedModel
@@ -85,10 +85,10 @@ class _Race:
         Tokens in and out.
     figure
         From seconds of the prompt and of the decoding to tokens a second.
-    limit_by
-        What sets the limits.
-    our_limit, peer_limit
-        Measure the limit beside an opened model; None if the peer's is not known.
+    capacity, limit_by
+        Measures what sets the limit, in bytes or operations a second; its name.
+    our_cost, peer_cost
+        Bytes or operations a token, of an opened model; None if the peer's is not known.
     """
 
     name: str
@@ -96,18 +96,18 @@ class _Race:
     n_prompt: int
     n_tokens: int
     figure: Callable[[float, float], float]
+    capacity: Callable[[LlamaModel], float]
     limit_by: str
-    our_limit: Callable[[LlamaModel], float]
-    peer_limit: Callable[[LlamaModel], float] | None
+    our_cost: Callable[[LlamaModel], float]
+    peer_cost: Callable[[LlamaModel], float] | None
 
 
 def decode(session: Session) -> list[dict[str, Any]]:
     """Decoding with everything resident, for each model."""
     n = session.cases.decode_tokens
     race = _Race(
-        "decode", {}, 8, n, lambda _, decode_seconds: (n - 1) / decode_seconds, "memory",
-        lambda model: _memory(model) / _paged_bytes(model),
-        lambda model: _memory(model) / _matrix_bytes(model),
+        "decode", {}, 8, n, lambda _, decode_seconds: (n - 1) / decode_seconds,
+        _memory, "memory", _paged_bytes, _matrix_bytes,
     )  # fmt: skip
     return [row for model in session.models() for row in _run_race(session, model, race)]
 
@@ -116,17 +116,16 @@ def prefill(session: Session) -> list[dict[str, Any]]:
     """A prompt, with everything resident."""
     n = session.cases.prompt_tokens
 
-    def limit(model: LlamaModel) -> float:
+    def operations(model: LlamaModel) -> float:
         # The output matrix is multiplied with the last token only.
-        weights = sum(
+        return 2 * sum(
             float(np.prod(t.shape)) / (n if t.name in (EMBEDDING, OUTPUT) else 1)
             for t in _matrices(model)
         )
-        return product_flops() / (2 * weights)
 
     race = _Race(
         "prefill", {"prompt_tokens": n}, n, 1, lambda prompt_seconds, _: n / prompt_seconds,
-        "float32 products", limit, None,
+        lambda _: product_flops(), "float32 products", operations, None,
     )  # fmt: skip
     return _run_race(session, session.first_model(), race)
 
@@ -146,8 +145,9 @@ def _run_race(session: Session, model: Path, race: _Race) -> list[dict[str, Any]
                 expected = _continue(half, prompt, _CHECKED_TOKENS).tokens
             return _continue(ours, prompt, _CHECKED_TOKENS).tokens == expected
 
+        capacity, our_cost = Best(partial(race.capacity, ours)), race.our_cost(ours)
         variants = [
-            Variant(OURS, our_figure, is_right, partial(race.our_limit, ours), race.limit_by)
+            Variant(OURS, our_figure, is_right, lambda: capacity() / our_cost, race.limit_by)
         ]
         if peer is not None:
 
@@ -158,9 +158,13 @@ def _run_race(session: Session, model: Path, race: _Race) -> list[dict[str, Any]
             def has_answered() -> bool:
                 return len(peer.run(prompt, race.n_tokens)["tokens"]) == race.n_tokens
 
-            limit = None if race.peer_limit is None else partial(race.peer_limit, ours)
-            by = "" if limit is None else race.limit_by
-            variants.append(Variant("llama.cpp", peer_figure, has_answered, limit, by))
+            rival = Variant("llama.cpp", peer_figure, has_answered)
+            if race.peer_cost is not None:
+                peer_cost = race.peer_cost(ours)
+                rival = replace(
+                    rival, limit=lambda: capacity() / peer_cost, limit_by=race.limit_by
+                )
+            variants.append(rival)
         params = {"model": session.name(model), **race.params, "threads": session.threads}
         return measure(
             Case(race.name, "tokens/s", params), variants,
@@ -249,7 +253,7 @@ def budget(session: Session) -> list[dict[str, Any]]:
     params = {"model": session.name(model), "budget": session.cases.budget}
     repeats = min(_BUDGET_REPEATS, session.cases.repeats)
     rows = measure(
-        Case("budget", "tokens/s", params), variants, repeats=repeats, seed=session.seed
+        Case("budget", "tokens/s", params), variants, repeats=repeats, warmup=0, seed=session.seed
     )
     scanned = _scanned_bytes(session.sharded(model))
     for child in children:

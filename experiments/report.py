@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from experiments.bench import RESULTS, machine_name
 from experiments.cases import GOALS, OURS, Goal
@@ -162,28 +165,31 @@ def insert_table(text: str, table: str, name: str) -> str:
 
 
 def plot_fractions(rows: Sequence[Row], path: Path) -> None:
-    """Bars: how near each validated row comes to its limit."""
-    from matplotlib.figure import Figure
+    """Bars: how near each timed row comes to its limit; peers in grey.
 
-    shown = [row for row in rows if row["fraction_of_limit"] is not None]
+    Raises
+    ------
+    GGUFShardError
+        If no row has a limit.
+    """
+    shown = [row for row in rows if row["fraction_of_limit"] is not None and row["n"] > 1]
     if not shown:
-        raise GGUFShardError(f"{path}: no row has a limit to be drawn against")
-    labels = [f"{_label(row)}\n{row['variant']}" for row in shown]
+        raise GGUFShardError(f"{path}: no timed row has a limit to be drawn against")
+    raced = {row["case"] for row in rows if row["variant"] == OURS}
+    is_peer = [row["case"] in raced and row["variant"] != OURS for row in shown]
     shares = [100 * row["fraction_of_limit"] for row in shown]
-    colours = ["#0072B2" if row["variant"] == OURS else "#999999" for row in shown]
-    figure = Figure(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
+    places = range(len(shown))
+    figure = Figure(figsize=(9.5, 1.4 + 0.45 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh(labels, shares, color=colours)
-    axes.bar_label(
-        bars, [f" {_figure(row['median'])} {row['unit']}" for row in shown], fontsize=8
-    )
+    bars = axes.barh(places, shares, color=["#999999" if peer else "#0072B2" for peer in is_peer])
+    axes.bar_label(bars, [f" {_figure(row['median'])} {row['unit']}" for row in shown], fontsize=8)
     axes.axvline(100, color="black", linewidth=1)
+    labels = [f"{_label(row)}\n{row['variant']}" for row in shown]
+    axes.set_yticks(places, labels, fontsize=8)
     axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=8)
-    axes.set(
-        xlabel="% of the limit (line)", xlim=(0, 1.2 * max(100, *shares)), title=provenance(rows)
-    )
-    axes.title.set_fontsize(8)
+    axes.margins(y=0.02)
+    axes.set(xlabel="% of the limit (line)", xlim=(0, 1.25 * max(100, *shares)))
+    figure.suptitle(textwrap.fill(provenance(rows), 100), fontsize=8)
     figure.savefig(path, dpi=110)
 
 

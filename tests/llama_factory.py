@@ -84,15 +84,15 @@ def shard_llama(
 
 
 def opened(
-    map_path: Path, budget: str | Size = "100%", target: Target | None = None, **options: object
+    map_path: Path, budget: str | Size = "100%", target: Target | None = None, **options: Any
 ) -> LlamaModel:
     """The model, ready to run on the CPU within everything it needs."""
     size = parse_size(budget) if isinstance(budget, str) else budget
-    arguments = {"n_context": 24, **options}
-    return LlamaModel(ShardedModel(map_path), target or CpuTarget(), size, **arguments)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"n_context": 24, **options}
+    return LlamaModel(ShardedModel(map_path), target or CpuTarget(), size, **arguments)
 
 
-def smallest_budget(map_path: Path, **options: object) -> int:
+def smallest_budget(map_path: Path, **options: Any) -> int:
     """Bytes of the smallest budget that the model opens with."""
     with pytest.raises(BudgetError) as caught:
         opened(map_path, Size(n_bytes=1), **options)
@@ -126,7 +126,7 @@ def _metadata(shape: LlamaShape) -> dict[str, Any]:
             "tokenizer.ggml.bos_token_id": 1,
             "tokenizer.ggml.eos_token_id": 2,
         }
-    return {key: value for key, value in (keys | shape.metadata).items() if value is not None}
+    return {key: value for key, value in {**keys, **shape.metadata}.items() if value is not None}
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
@@ -143,13 +143,13 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 def _tensor_shapes(s: LlamaShape) -> dict[str, tuple[int, ...]]:
     head_dim = s.head_dim or s.n_embd // s.n_head
     width, width_kv = s.n_head * head_dim, s.n_head_kv * head_dim
-    matrices = {
+    matrices: dict[str, tuple[int, ...]] = {
         "attn_q": (width, s.n_embd),
         "attn_k": (width_kv, s.n_embd),
         "attn_v": (width_kv, s.n_embd),
         "attn_output": (s.n_embd, width),
     }
-    feed_forward = {
+    feed_forward: dict[str, tuple[int, ...]] = {
         "ffn_gate": (s.n_ff, s.n_embd),
         "ffn_up": (s.n_ff, s.n_embd),
         "ffn_down": (s.n_embd, s.n_ff),

@@ -229,7 +229,9 @@ def test_stops_at_the_end_of_text(
 def test_without_a_tokenizer_only_ids_work(variant: Callable[..., Path], capsys: Capture) -> None:
     map_path = variant(tokenizer=False)
     found = facts(capsys, map_path, "--prompt-ids", IDS, "-n", "3", "--temp", "0")
-    assert len(found["tokens"]) == 3 and found["text"] == ""
+    assert len(found["tokens"]) == 3 and found["text"] is None
+    assert run(map_path, "--prompt-ids", IDS, "-n", "3", "--temp", "0") == 0
+    assert capsys.readouterr().out.split() == [str(token) for token in found["tokens"]]
     assert run(map_path, "-p", "text") == 1
     message = "core.sgmap: the model has no tokenizer; give --prompt-ids"
     assert one_line(capsys.readouterr().err).endswith(message)

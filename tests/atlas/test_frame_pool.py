@@ -209,7 +209,7 @@ def test_pool_does_what_a_dictionary_does(target: Target, model: ShardedModel) -
     run_state_machine_as_test(
         PoolMachine,
         settings=settings(
-            max_examples=3 if config.ENABLE_CUDASIM else 60,
+            max_examples=2 if config.ENABLE_CUDASIM else 60,
             stateful_step_count=8 if config.ENABLE_CUDASIM else 30,
             deadline=None,
             suppress_health_check=list(HealthCheck),

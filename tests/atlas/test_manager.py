@@ -24,13 +24,13 @@ from forge.sharded_model import ShardedModel
 from tests import cache_factory as cache
 from tests import gguf_factory as factory
 
-PASSES = 3
+PASSES = 1 if config.ENABLE_CUDASIM else 3
 #: Policies, budgets and distances that are tried there, too.
-IN_SIMULATOR = {("lru", "50%", 0), ("pin", "50%", 4), ("mru", "25%", 0), ("pin", "100%", 4)}
+IN_SIMULATOR = {("lru", "50%", 0), ("pin", "50%", 4), ("pin", "100%", 4)}
 KINDS = GGMLQuantizationType
 
 # The models are random bytes, so some of their scales are no numbers.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in")
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +98,9 @@ def test_golden_counts(dense: Path) -> None:
     if config.ENABLE_CUDASIM:
         pytest.skip("the simulator's model is smaller")
     golden = {
-        ("lru", "50%"): (0, 93), ("pin", "50%"): (39, 54), ("mru", "50%"): (45, 48),
-        ("lru", "25%"): (0, 93), ("pin", "25%"): (15, 78), ("mru", "25%"): (20, 73),
-        ("lru", "100%"): (93, 0), ("pin", "100%"): (93, 0),
+        ("lru", "50%"): (0, 99), ("pin", "50%"): (39, 60), ("mru", "50%"): (45, 54),
+        ("lru", "25%"): (0, 99), ("pin", "25%"): (15, 84), ("mru", "25%"): (20, 79),
+        ("lru", "100%"): (99, 0), ("pin", "100%"): (99, 0),
     }  # fmt: skip
     found = {}
     for policy, budget in golden:
@@ -228,6 +228,8 @@ def source_values(map_path: Path, name: str, index: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("budget", ["100%", "smallest"])
 def test_tensors_are_those_of_the_source(target: Target, small: Path, budget: str) -> None:
+    if target.name == "cuda-simulator" and budget == "100%":
+        pytest.skip("takes long in the simulator, and shows less than the smallest budget")
     with pytest.raises(BudgetError) as caught:
         Atlas.open(small, "1", target)
     size = budget if budget == "100%" else str(caught.value.smallest_bytes)
@@ -241,17 +243,13 @@ def test_tensors_are_those_of_the_source(target: Target, small: Path, budget: st
 
 
 def test_tensors_of_several_bands_are_those_of_the_source(target: Target, dense: Path) -> None:
+    if target.name == "cuda-simulator":
+        pytest.skip("takes long in the simulator")
     with Atlas.open(dense, "25%", target, policy="lru") as atlas:
-        for name in (
-            ["output.weight"]
-            if config.ENABLE_CUDASIM
-            else ["output.weight", "blk.0.ffn_down.weight"]
-        ):
-            w = atlas.matrix(name)
-            assert len(atlas.bands(w)) > 1
-            np.testing.assert_array_equal(
-                target.get(atlas.tensor(name)), source_values(dense, name)
-            )
+        for name in ("blk.0.ffn_down.weight", "output.weight"):
+            assert len(atlas.bands(atlas.matrix(name))) > 1
+            values = target.get(atlas.tensor(name))
+            np.testing.assert_array_equal(values, source_values(dense, name))
 
 
 def test_rows_are_looked_up_past_the_cache(small: Path) -> None:

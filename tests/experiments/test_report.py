@@ -130,5 +130,5 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_plot_needs_a_limit(tmp_path: Path) -> None:
-    with pytest.raises(GGUFShardError, match="no row has a limit"):
+    with pytest.raises(GGUFShardError, match="no timed row has a limit"):
         report.plot_fractions([WRONG], tmp_path / "p.png")
