@@ -21,6 +21,7 @@ from forge.pages import PAGE_BYTES
 _BYTES_PER_FRAME = 4 + 8 + 4  # frame_shard, ticks, held
 _BYTES_PER_SHARD = 4 + 1 + 4 + 4  # table, rank, numbers, missing
 _BYTES_PER_PAGE = 4  # the table of CRCs
+MAX_VICTIMS = 64  # of one load
 _LIST_PART = 1024  # shard numbers that go to the device at once: lists take little of the budget
 
 
@@ -73,6 +74,8 @@ class FramePool:
         self.page_crc32 = target.put(page_crc32)
         self._numbers = target.put(np.arange(self.n_shards, dtype=np.int32))
         self._missing = target.empty(self.n_shards, np.int32)
+        self._victims = target.empty(MAX_VICTIMS, np.int32)
+        self._shard_of = np.full(n_frames, -1, np.int32)
         self._free = list(range(n_frames - 1, -1, -1))
         self.is_resident = np.zeros(self.n_shards, np.bool_)
         self.tick = 0
@@ -115,9 +118,8 @@ class FramePool:
 
     def n_evictable(self) -> int:
         """Frames whose shards are neither pinned nor held."""
-        shards = self.target.get(self.frame_shard)
-        is_loose = (shards >= 0) & (self.target.get(self.held) == 0)
-        return int((~self._is_pinned[shards[is_loose]]).sum())
+        is_loose = (self._shard_of >= 0) & (self.target.get(self.held) == 0)
+        return int((~self._is_pinned[self._shard_of[is_loose]]).sum())
 
     def take_free(self, count: int) -> list[int]:
         """Take free frames for shards that are coming in; ValueError if there are not so many."""
@@ -143,7 +145,7 @@ class FramePool:
         shards, frames
             What has been brought in, and where it lies.
         n_victims
-            How many resident shards should make room.
+            How many resident shards should make room, at most `MAX_VICTIMS`.
         newest_first
             Give up the most recently used, not the least recently used.
 
@@ -153,13 +155,15 @@ class FramePool:
             The shards that were given up: at most `n_victims`.
         """
         target = self.target
-        victims = target.empty(max(n_victims, 1), np.int32)
-        found = choose_victims(
-            target, self.frame_shard, self.ticks, self.shard_rank, self.held, n_victims,
-            newest_first, victims,
-        )  # fmt: skip
+        victims = self._victims[:n_victims]
+        found = 0
+        if n_victims:
+            found = choose_victims(
+                target, self.frame_shard, self.ticks, self.shard_rank, self.held, n_victims,
+                newest_first, victims,
+            )  # fmt: skip
         victim_frames = target.get(victims[:found])
-        evicted = target.get(self.frame_shard)[victim_frames].tolist() if found else []
+        evicted = self._shard_of[victim_frames].tolist()
         self.tick += 1
         publish(
             target, self.cache.table, self.frame_shard, self.ticks, victims[:found],
@@ -167,6 +171,8 @@ class FramePool:
             self.tick,
         )  # fmt: skip
         self._free.extend(victim_frames.tolist())
+        self._shard_of[victim_frames] = -1
+        self._shard_of[list(frames)] = shards
         self.is_resident[evicted] = False
         self.is_resident[list(shards)] = True
         return evicted
@@ -181,12 +187,13 @@ class FramePool:
             self.target.put(frames), none, none, self.tick,
         )  # fmt: skip
         self._free.extend(frames.tolist())
+        self._shard_of[frames] = -1
         self.is_resident[list(shards)] = False
 
 
 def pool_overhead_bytes(n_pages: int, n_shards: int) -> int:
     """Device memory of a pool without any frames."""
-    return n_pages * _BYTES_PER_PAGE + n_shards * _BYTES_PER_SHARD
+    return n_pages * _BYTES_PER_PAGE + n_shards * _BYTES_PER_SHARD + MAX_VICTIMS * 4
 
 
 def frame_cost_bytes(shard_shift: int) -> int:

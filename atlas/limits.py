@@ -83,9 +83,7 @@ def weight_bytes_per_pass(shard_map: ShardMap, schedule_shards: int) -> int:
     return schedule_shards * shard_map.pages_per_shard * PAGE_BYTES
 
 
-def decode_limit(
-    bytes_read: float, bytes_moved: float, memory: float | None, link: float
-) -> float:
+def decode_limit(bytes_read: float, bytes_moved: float, memory: float | None, link: float) -> float:
     """Most tokens a second for one token at a time.
 
     Parameters

@@ -11,24 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from atlas.errors import BudgetError
-from atlas.eviction import PoolPlan, expected_hit_ratio, plan_pool, shard_ranks
-from atlas.frame_pool import FramePool, frame_cost_bytes, pool_overhead_bytes
+from atlas.budget import N_LANES, plan_budget
+from atlas.eviction import expected_hit_ratio, shard_ranks
+from atlas.frame_pool import FramePool
 from atlas.host_store import FileStore
 from atlas.model_shards import Band, ModelShards
 from atlas.ops.dequant import dequantise
 from atlas.ops.lru import RANK_PINNED
 from atlas.ops.paged import PageCache, PagedMatrix
-from atlas.prefetch import Prefetcher, Schedule
+from atlas.prefetch import MIN_BACKGROUND_BYTES, Prefetcher, Schedule
 from atlas.stats import CacheStats
-from atlas.swap import Lane, Swapper, lane_bytes
+from atlas.swap import Lane, Swapper
 from atlas.target import Target, select_target
 from forge.errors import GGUFShardError
-from forge.pages import PAGE_BYTES
 from forge.sharded_model import ShardedModel
-from forge.sizes import Size, format_bytes, parse_size
-
-_SCRATCH_BYTES = 16 << 10  # shard numbers of loads under way and other passing arrays
+from forge.sizes import Size, parse_size
 
 
 class Atlas:
@@ -84,19 +81,16 @@ class Atlas:
         self.shards = ModelShards(model.map, order)
         self.shape = self.shards.shape()
         self.stats = CacheStats()
-        settings = model.map.atlas
-        distance = settings.prefetch_distance if prefetch_distance is None else prefetch_distance
         in_place = target.host_view(target.empty(1, np.uint8)) is not None
-        shard_bytes = self.map.pages_per_shard * PAGE_BYTES
-        self._fixed_bytes = (
-            reserved_bytes
-            + pool_overhead_bytes(self.map.n_pages, self.map.n_shards)
-            + 2 * lane_bytes(shard_bytes, in_place)
-            + _SCRATCH_BYTES
+        self.plan, self.budget_bytes = plan_budget(
+            model.map,
+            self.shape,
+            budget,
+            policy=policy,
+            prefetch_distance=prefetch_distance,
+            reserved_bytes=reserved_bytes,
+            in_place=in_place,
         )
-        n_frames = self._frames_for(budget)
-        self.plan = self._plan(budget, n_frames, policy or settings.cache_policy, distance)
-        self.budget_bytes = budget.n_bytes or self._bytes_for(self.plan.n_frames)
         ranks = shard_ranks(self.map.n_shards, self.shards.high, self.shards.schedule, self.plan)
         self.pool = FramePool(
             target, self.plan.n_frames, self.map.n_pages, self.map.shard_shift,
@@ -106,7 +100,7 @@ class Atlas:
         self._pinned = np.flatnonzero(ranks == RANK_PINNED).tolist()
         self._demand = threading.Lock()  # taken before the other one: loads on demand, in turn
         self._lock = threading.Condition(threading.RLock())
-        self._lanes = [Lane(target, shard_bytes, in_place) for _ in range(2)]
+        self._lanes = [Lane(target, self.pool.frame_bytes, in_place) for _ in range(N_LANES)]
         self._store = FileStore(model)
         self._swapper = Swapper(
             self.pool, self._store, self._lock, self.stats, self._victims_wanted,
@@ -125,7 +119,8 @@ class Atlas:
         self._complete = False  # for good: everything is resident, nothing moves any more
         self._prefetcher: Prefetcher | None = None
         self._fill()
-        if target.has_background and self.plan.distance:
+        is_worth_it = self.pool.frame_bytes >= MIN_BACKGROUND_BYTES
+        if target.has_background and is_worth_it and self.plan.distance:
             self._prefetcher = Prefetcher(self._lock, self._fetch_ahead)
 
     @classmethod
@@ -472,27 +467,3 @@ class Atlas:
                 self._load(self._lanes[0], self._pinned[i : i + step])
             self._complete = self._is_complete()
         self.stats.bytes_filled = self.stats.bytes_moved
-
-    # Sizes
-
-    def _frames_for(self, budget: Size) -> int:
-        if budget.n_bytes is None:
-            assert budget.fraction is not None
-            high, n = self.shape.n_high, self.shape.n_shards
-            return high + round(budget.fraction * (n - high))
-        return (budget.n_bytes - self._fixed_bytes) // frame_cost_bytes(self.map.shard_shift)
-
-    def _bytes_for(self, n_frames: int) -> int:
-        return self._fixed_bytes + n_frames * frame_cost_bytes(self.map.shard_shift)
-
-    def _plan(self, budget: Size, n_frames: int, policy: str, distance: int) -> PoolPlan:
-        try:
-            return plan_pool(self.shape, n_frames, policy, distance)
-        except BudgetError as error:
-            smallest = self._bytes_for(error.smallest_bytes)
-            given = f"{budget.n_bytes} bytes" if budget.n_bytes else f"{budget.fraction:.3%}"
-            raise BudgetError(
-                f"budget {given}: too small, the smallest that works is {smallest} bytes "
-                f"({format_bytes(smallest)})",
-                smallest,
-            ) from None

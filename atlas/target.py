@@ -8,6 +8,7 @@ A target allocates, copies and counts. Every array that stands for device memory
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from typing import Any
@@ -134,7 +135,7 @@ class CpuTarget(Target):
         return array
 
     def _allocate(self, shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, Any]:
-        n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        n_bytes = math.prod(shape if isinstance(shape, tuple) else (shape,)) * dtype.itemsize
         raw = np.empty(n_bytes + _ALIGNMENT, np.uint8)
         start = -raw.ctypes.data % _ALIGNMENT
         return raw[start : start + n_bytes].view(dtype).reshape(shape), raw

@@ -161,9 +161,7 @@ def _run_race(session: Session, model: Path, race: _Race) -> list[dict[str, Any]
             rival = Variant("llama.cpp", peer_figure, has_answered)
             if race.peer_cost is not None:
                 peer_cost = race.peer_cost(ours)
-                rival = replace(
-                    rival, limit=lambda: capacity() / peer_cost, limit_by=race.limit_by
-                )
+                rival = replace(rival, limit=lambda: capacity() / peer_cost, limit_by=race.limit_by)
             variants.append(rival)
         params = {"model": session.name(model), **race.params, "threads": session.threads}
         return measure(

@@ -75,9 +75,7 @@ class LlamaPeer:
 
 def has_llama_cpp(python: str) -> bool:
     """Whether an interpreter can import `llama_cpp`."""
-    done = subprocess.run(
-        [python, "-c", "import llama_cpp"], capture_output=True, check=False
-    )
+    done = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, check=False)
     return done.returncode == 0
 
 

@@ -254,9 +254,7 @@ def _place_tensors(cursor: _Cursor, infos: list[Any], data_offset: int, file_byt
             )  # fmt: skip
         if offset + n_bytes > ends[offset]:
             raise cursor.fail(field, f"{n_bytes} bytes at {offset} overlap the next tensor")
-        tensors.append(
-            TensorInfo(name, type_id, ggml_type, shape, data_offset + offset, n_bytes)
-        )
+        tensors.append(TensorInfo(name, type_id, ggml_type, shape, data_offset + offset, n_bytes))
     if len(ends) != len(infos):
         raise cursor.fail("tensor offsets", "two tensors start at the same offset")
     return tuple(tensors)

@@ -50,9 +50,7 @@ def _checked(check: Callable[[int], Any], text: str) -> int:
 
 def _shard(args: argparse.Namespace) -> int:
     options = ShardOptions(args.layout, args.policy, args.prefetch_distance, args.pages_per_shard)
-    path = shard_model(
-        args.model, args.output, options, force=args.force, progress=not args.quiet
-    )
+    path = shard_model(args.model, args.output, options, force=args.force, progress=not args.quiet)
     m = load_map(path)
     source_bytes = sum(source.bytes for source in m.source)
     facts = {

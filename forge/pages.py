@@ -96,9 +96,7 @@ def _unpack_loop(pages: np.ndarray, blocks: np.ndarray, fields: np.ndarray,
                 _move_block(page, struct, slot, fields, block_bytes, False)
 
 
-def _move_blocks(
-    blocks: np.ndarray, pages: np.ndarray, layout: BlockLayout, to_page: bool
-) -> None:
+def _move_blocks(blocks: np.ndarray, pages: np.ndarray, layout: BlockLayout, to_page: bool) -> None:
     """What the loops do to the contents, with the compiler off."""
     blocks = blocks.reshape(-1, layout.bytes)
     for i, page in enumerate(pages):

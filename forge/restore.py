@@ -50,9 +50,7 @@ class _Piece:
 
 
 def _runs(shard_map: ShardMap, part: int) -> list[_Run]:
-    runs = [
-        _Run(r.offset, r.bytes, r.first_page, None) for r in shard_map.raw if r.part == part
-    ]
+    runs = [_Run(r.offset, r.bytes, r.first_page, None) for r in shard_map.raw if r.part == part]
     for tensor in shard_map.tensors:
         if tensor.part == part:
             layout = tensor.layout(shard_map.atlas.memory_layout)
@@ -123,9 +121,7 @@ def _output_paths(output: Path, n_parts: int) -> list[Path]:
     if n_parts == 1:
         return [output]
     stem = _SPLIT_STEM.sub("", output.stem)
-    return [
-        output.with_name(f"{stem}-{i + 1:05d}-of-{n_parts:05d}.gguf") for i in range(n_parts)
-    ]
+    return [output.with_name(f"{stem}-{i + 1:05d}-of-{n_parts:05d}.gguf") for i in range(n_parts)]
 
 
 def restore_model(

@@ -174,8 +174,7 @@ def _document(m: ShardMap) -> dict[str, Any]:
                 "part": t.part,
                 "offset": t.offset,
                 "slices": [
-                    {"first_page": s.first_page, "pages": s.pages, "zone": s.zone}
-                    for s in t.slices
+                    {"first_page": s.first_page, "pages": s.pages, "zone": s.zone} for s in t.slices
                 ],
             }
             for t in m.tensors

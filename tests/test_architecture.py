@@ -29,6 +29,7 @@ _LAYERS = (
         "atlas.eviction", "atlas.host_store", "atlas.model_shards", "atlas.prefetch",
         "atlas.frame_pool", "atlas.swap",
     ),
+    ("atlas.budget",),
     ("atlas.manager",),
     ("atlas.limits", "atlas.infer"),
     ("atlas.run_command",),

@@ -66,9 +66,7 @@ def _activation_widths(config: LlamaConfig) -> dict[str, int]:
     }  # fmt: skip
 
 
-def reserved_bytes(
-    shard_map: ShardMap, config: LlamaConfig, n_context: int, n_batch: int
-) -> int:
+def reserved_bytes(shard_map: ShardMap, config: LlamaConfig, n_context: int, n_batch: int) -> int:
     """Device memory of a `LlamaModel` beside the pool: activations, keys, values, vectors."""
     n_vocab = next((t.shape[1] for t in shard_map.tensors if t.name == EMBEDDING), 0)
     floats = n_batch * sum(_activation_widths(config).values()) + _scratch_floats(config) + n_vocab

@@ -17,8 +17,9 @@ def check_array(name: str, array: Any, dtype: Any, shape: tuple[int | None, ...]
     if array.dtype != dtype:
         raise TypeError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
     actual = array.shape
-    if len(actual) != len(shape) or any(
-        want is not None and want != have for want, have in zip(shape, actual, strict=True)
+    if actual != shape and (  # the common case first: this runs some thousand times a token
+        len(actual) != len(shape)
+        or any(want is not None and want != have for want, have in zip(shape, actual, strict=True))
     ):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} has shape {list(actual)}, expected [{wanted}]")

@@ -1,10 +1,10 @@
 """What every operation on weights is given: the pages, and where a matrix lies in them.
 
-    block b of a matrix      -> page = first_page + b // per_page, slot = b % per_page
-    page                     -> shard = page >> shard_shift
-    shard                    -> frame = table[shard]           (-1: not resident)
-    byte address in `frames` -> (frame << shard_shift | page & (2^shard_shift - 1)) * 4096
-                                + field.page_offset + slot * field.page_stride
+block b of a matrix      -> page = first_page + b // per_page, slot = b % per_page
+page                     -> shard = page >> shard_shift
+shard                    -> frame = table[shard]           (-1: not resident)
+byte address in `frames` -> (frame << shard_shift | page & (2^shard_shift - 1)) * 4096
+                            + field.page_offset + slot * field.page_stride
 """
 
 from __future__ import annotations

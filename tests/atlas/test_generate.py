@@ -30,6 +30,14 @@ pytestmark = pytest.mark.skipif(bool(config.DISABLE_JIT), reason="takes minutes 
 PROMPT = [1, 5, 9, 70, 3]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def background() -> Iterator[None]:
+    """Read ahead on a thread, however small the shards are: that is what is tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atlas.manager.MIN_BACKGROUND_BYTES", 0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[NaiveLlama, Path]:
     path, map_path = shard_llama(tmp_path_factory.mktemp("model"), LlamaShape())

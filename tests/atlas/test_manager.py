@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,14 @@ KINDS = GGMLQuantizationType
 
 # The models are random bytes, so some of their scales are no numbers.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def background() -> Iterator[None]:
+    """Read ahead on a thread, however small the shards are: that is what is tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atlas.manager.MIN_BACKGROUND_BYTES", 0)
+        yield
 
 
 @pytest.fixture(scope="module")

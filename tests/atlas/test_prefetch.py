@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,14 @@ from forge.errors import GGUFShardError
 from tests import cache_factory as cache
 
 TIMEOUT = 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def background() -> Iterator[None]:
+    """Read ahead on a thread, however small the shards are: that is what is tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atlas.manager.MIN_BACKGROUND_BYTES", 0)
+        yield
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,7 @@ def test_a_second_run_replaces_the_first(tmp_path: Path) -> None:
     assert quickstart.main([*COMMAND, "-o", str(tmp_path)]) == 0
 
 
-def test_another_model_is_not_replaced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_model_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     map_path = shard_model(write_model(tmp_path / "m.gguf", "tiny", "Q8_0"), tmp_path)
     before = map_path.read_bytes()
     assert quickstart.main([*COMMAND, "-o", str(tmp_path)]) == 1

@@ -55,9 +55,7 @@ def test_a_file_that_shrinks_is_noticed(sharded: Path) -> None:
             core.read_pages(0, pages)
 
 
-def test_what_the_disk_cannot_read_is_named(
-    sharded: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_disk_cannot_read_is_named(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 

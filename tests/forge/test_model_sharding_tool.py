@@ -191,9 +191,7 @@ def test_verify_names_the_damage(sharded: Path, capsys: pytest.CaptureFixture[st
     assert facts["bad"][1].keys() == {"page", "shard", "tensor", "reason"}
 
 
-def test_info_of_both_kinds(
-    model: Path, sharded: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_info_of_both_kinds(model: Path, sharded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("info", model) == 0
     assert "6 tensors" in capsys.readouterr().out
     for path, kind in ((model, "gguf"), (sharded, "sgmap")):

@@ -77,9 +77,7 @@ def test_structs_are_as_large_as_blocks(ggml_type: GGMLQuantizationType) -> None
 
 @every_type
 @both_layouts
-def test_fields_cover_each_block_once(
-    ggml_type: GGMLQuantizationType, memory_layout: str
-) -> None:
+def test_fields_cover_each_block_once(ggml_type: GGMLQuantizationType, memory_layout: str) -> None:
     layout = block_layout(ggml_type, memory_layout)
     used = np.zeros(CONTENT_BYTES, np.int64)
     for field in layout.fields:

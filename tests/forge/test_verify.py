@@ -186,9 +186,7 @@ def test_the_map_of_another_model_is_found(sharded: Path, tmp_path: Path) -> Non
     sharded.write_bytes(other.read_bytes())
     (fault,) = verify_model(sharded).bad
     assert "digests.page_crc32_xxh3_128" in fault.reason
-    other_layout = shard_model(
-        same_shape, tmp_path / "again", ShardOptions(pages_per_shard=16)
-    )
+    other_layout = shard_model(same_shape, tmp_path / "again", ShardOptions(pages_per_shard=16))
     sharded.write_bytes(other_layout.read_bytes())
     (fault,) = verify_model(sharded).bad
     assert "core.gguf: has" in fault.reason
