@@ -87,6 +87,45 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.set_defaults(run=_run)
 
 
+def _bandwidth(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GB/s above 0")
+    return value
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from atlas.fit_command import fit
+
+    return fit(args)
+
+
+def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from forge.sgmap import CACHE_POLICIES
+
+    p = commands.add_parser(
+        "fit", help="what to expect of a model within a budget",
+        description="Compute, without running anything, what stays resident within a budget, what "
+        "moves per token, and the most tokens a second that the given bandwidths allow.",
+    )  # fmt: skip
+    p.add_argument("map", metavar="CORE.sgmap")
+    p.add_argument("--budget", required=True, metavar="SIZE",
+                   help="device memory for everything (2.8GB), or a share (40%%)")  # fmt: skip
+    p.add_argument("--policy", choices=CACHE_POLICIES, default="auto",
+                   help="what stays resident (default: auto)")  # fmt: skip
+    p.add_argument("-c", "--context", type=_at_least(1), default=None, metavar="CTX",
+                   help="positions to have room for (default: the model's)")  # fmt: skip
+    p.add_argument("--link", type=_bandwidth, default=25.0, metavar="GB/S",
+                   help="bandwidth to the device (default: 25, PCIe 4 x16)")  # fmt: skip
+    p.add_argument("--memory", type=_bandwidth, default=1008.0, metavar="GB/S",
+                   help="bandwidth of its memory (default: 1008, an RTX 4090)")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.set_defaults(run=_fit)
+
+
 def _parser() -> argparse.ArgumentParser:
     from forge.model_sharding_tool import add_commands
 
@@ -98,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_commands(commands)
     _add_run(commands)
+    _add_fit(commands)
     return parser
 
 

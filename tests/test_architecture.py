@@ -32,13 +32,14 @@ _LAYERS = (
     ("atlas.budget",),
     ("atlas.manager",),
     ("atlas.limits", "atlas.infer"),
-    ("atlas.run_command",),
+    ("atlas.run_command", "atlas.fit_command"),
     ("atlas.cli",),
 )  # fmt: skip
 
 #: Modules whose business is to talk to people.
 _COMMANDS = {
     "atlas.cli",
+    "atlas.fit_command",
     "atlas.run_command",
     "forge.command",
     "forge.model_sharding_tool",
