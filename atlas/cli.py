@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -39,6 +40,31 @@ def _at_least(lowest: int) -> Callable[[str], int]:
     return number
 
 
+def _size(text: str) -> Any:
+    from forge.errors import GGUFShardError
+    from forge.sizes import parse_size
+
+    try:
+        return parse_size(text)
+    except GGUFShardError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _real(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
+    """A number within low..high; with `above`, more than `low`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number within {low:g}..{high:g}")
+        return value
+
+    return number
+
+
 def _run(args: argparse.Namespace) -> int:
     from atlas.run_command import run
 
@@ -60,7 +86,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
                       help="the token ids to continue")  # fmt: skip
     p.add_argument("-n", "--n-tokens", type=_at_least(1), default=128, metavar="N",
                    help="tokens to generate, at most (default: 128)")  # fmt: skip
-    p.add_argument("--budget", default="100%", metavar="SIZE",
+    p.add_argument("--budget", type=_size, default="100%", metavar="SIZE",
                    help="device memory for everything (2.8GB, 400MiB), or a share of the model's "
                    "pages to keep resident (40%%); default: 100%%")  # fmt: skip
     p.add_argument("--target", choices=("auto", "cuda", "cpu"), default="auto",
@@ -69,10 +95,15 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
                    help="what stays resident (default: the map's)")  # fmt: skip
     p.add_argument("--prefetch-distance", type=_at_least(0), default=None, metavar="N",
                    help="shards to read ahead (default: the map's)")  # fmt: skip
-    p.add_argument("--temp", type=float, default=0.8, help="temperature; 0 is greedy (default 0.8)")
-    p.add_argument("--top-k", type=int, default=40, help="0 is all (default: 40)")
-    p.add_argument("--top-p", type=float, default=0.95, help="1 is all (default: 0.95)")
-    p.add_argument("--seed", type=int, default=None, help="seed of the sampler (default: random)")
+    p.add_argument("--temp", type=_real(0, 1e6), default=0.8,
+                   help="temperature; 0 is greedy (default: 0.8)")  # fmt: skip
+    p.add_argument("--top-k", type=_at_least(0), default=40, help="0 is all (default: 40)")
+    p.add_argument(
+        "--top-p", type=_real(0, 1, above=True), default=0.95, help="1 is all (default: 0.95)"
+    )
+    p.add_argument(
+        "--seed", type=_at_least(0), default=None, help="seed of the sampler (default: random)"
+    )
     p.add_argument("-c", "--context", type=_at_least(1), default=None, metavar="CTX",
                    help="positions to have room for (default: prompt plus -n)")  # fmt: skip
     p.add_argument("--batch", type=_at_least(1), default=64, metavar="N",
@@ -85,16 +116,6 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     p.add_argument("-q", "--quiet", action="store_true", help="no summary")
     p.set_defaults(run=_run)
-
-
-def _bandwidth(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of GB/s above 0")
-    return value
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -112,17 +133,18 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "moves per token, and the most tokens a second that the given bandwidths allow.",
     )  # fmt: skip
     p.add_argument("map", metavar="CORE.sgmap")
-    p.add_argument("--budget", required=True, metavar="SIZE",
+    p.add_argument("--budget", type=_size, required=True, metavar="SIZE",
                    help="device memory for everything (2.8GB), or a share (40%%)")  # fmt: skip
-    p.add_argument("--policy", choices=CACHE_POLICIES, default="auto",
-                   help="what stays resident (default: auto)")  # fmt: skip
+    p.add_argument("--policy", choices=CACHE_POLICIES, default=None,
+                   help="what stays resident (default: the map's)")  # fmt: skip
     p.add_argument("-c", "--context", type=_at_least(1), default=None, metavar="CTX",
                    help="positions to have room for (default: the model's)")  # fmt: skip
-    p.add_argument("--link", type=_bandwidth, default=25.0, metavar="GB/S",
+    p.add_argument("--link", type=_real(0, 1e6, above=True), default=25.0, metavar="GB/S",
                    help="bandwidth to the device (default: 25, PCIe 4 x16)")  # fmt: skip
-    p.add_argument("--memory", type=_bandwidth, default=1008.0, metavar="GB/S",
+    p.add_argument("--memory", type=_real(0, 1e6, above=True), default=1008.0, metavar="GB/S",
                    help="bandwidth of its memory (default: 1008, an RTX 4090)")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.add_argument("-q", "--quiet", action="store_true", help="only the exit code: 0 if it fits")
     p.set_defaults(run=_fit)
 
 

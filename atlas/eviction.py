@@ -20,8 +20,8 @@ import numpy as np
 from atlas.errors import BudgetError
 from atlas.ops.lru import RANK_COLD, RANK_NORMAL, RANK_PINNED
 from forge.errors import GGUFShardError
+from forge.sgmap import CACHE_POLICIES
 
-POLICIES = ("auto", "lru", "mru", "pin")
 MAX_RESERVE = 4
 _MAX_BAND = 8
 _COMPLETE_BAND = 64
@@ -102,7 +102,7 @@ def plan_pool(shape: CacheShape, n_frames: int, policy: str, prefetch_distance: 
     n_frames
         Frames there is room for; more than there are shards are not taken.
     policy
-        One of `POLICIES`; "auto" pins what is read by every pass.
+        One of `CACHE_POLICIES`; "auto" pins what is read by every pass.
     prefetch_distance
         Shards to read ahead, at most; a small pool reads less far ahead, so that the ring of
         streamed shards stays a small part of it.
@@ -115,13 +115,14 @@ def plan_pool(shape: CacheShape, n_frames: int, policy: str, prefetch_distance: 
     GGUFShardError
         If the policy is not known.
     """
-    if policy not in POLICIES:
-        raise GGUFShardError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
+    if policy not in CACHE_POLICIES:
+        raise GGUFShardError(f"policy {policy!r} is none of {', '.join(CACHE_POLICIES)}")
     decided = "pin" if policy == "auto" else policy
     n = shape.n_shards
     if n_frames >= n:
         n_pinned = shape.n_scheduled if decided == "pin" else 0
-        return PoolPlan(decided, n, MAX_RESERVE, _COMPLETE_BAND, prefetch_distance, n_pinned)
+        band = max(_COMPLETE_BAND, shape.min_band)
+        return PoolPlan(decided, n, MAX_RESERVE, band, prefetch_distance, n_pinned)
     room = n_frames - shape.n_high
     if n_frames < shape.smallest_pool:
         raise BudgetError(
@@ -175,7 +176,7 @@ def expected_hit_ratio(plan: PoolPlan, shape: CacheShape) -> float:
     """Share of a dense pass's accesses that find a shard left by an earlier pass.
 
     The closed form for a cyclic scan: LRU hits nothing until everything fits, `pin` its pinned
-    share. For MRU, the share of the pool that does not serve as ring.
+    share. For MRU a lower bound: the share of the pool that does not serve as ring.
     """
     if plan.n_frames >= shape.n_shards:
         return 1.0

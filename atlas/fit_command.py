@@ -15,7 +15,7 @@ from atlas.model_shards import ModelShards
 from forge.command import print_json
 from forge.pages import PAGE_BYTES
 from forge.sharded_model import ShardedModel
-from forge.sizes import format_bytes, parse_size
+from forge.sizes import format_bytes
 
 
 def _shards_per_token(shape: CacheShape, config: LlamaConfig) -> tuple[float, float]:
@@ -46,7 +46,7 @@ def _facts(args: argparse.Namespace, model: ShardedModel) -> dict[str, Any]:
     n_context = args.context or config.n_context
     reserved = reserved_bytes(model.map, config, n_context, min(DEFAULT_BATCH, n_context))
     plan, budget_bytes = plan_budget(
-        model.map, shape, parse_size(args.budget), policy=args.policy, prefetch_distance=None,
+        model.map, shape, args.budget, policy=args.policy, prefetch_distance=None,
         reserved_bytes=reserved, in_place=True,
     )  # fmt: skip
     shard_bytes = model.map.pages_per_shard * PAGE_BYTES
@@ -101,6 +101,6 @@ def fit(args: argparse.Namespace) -> int:
         facts = _facts(args, model)
     if args.json:
         print_json(facts)
-    else:
+    elif not args.quiet:
         print(_text(facts))
     return 0

@@ -174,9 +174,10 @@ class Atlas:
         return self.pool.cache
 
     @property
-    def expected_reuse_ratio(self) -> float:
-        """Share of reuse hits that the plan's closed form predicts for a dense pass."""
-        return expected_hit_ratio(self.plan, self.shape)
+    def expected_reuse_ratio(self) -> float | None:
+        """Share of reuse hits that the plan's closed form predicts for passes behind the first;
+        None where a pass may choose its shards (experts)."""
+        return None if self.shape.n_unscheduled else expected_hit_ratio(self.plan, self.shape)
 
     def matrix(self, name: str, index: int = 0) -> PagedMatrix:
         """Slice `index` of a tensor as a matrix of rows; GGUFShardError if there is none."""

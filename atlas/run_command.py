@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from atlas.infer.config import LlamaConfig
 from atlas.infer.generate import Generation, generate
 from atlas.infer.model import LlamaModel
 from atlas.infer.sampling import Sampler
@@ -19,7 +21,7 @@ from atlas.target import select_target
 from forge.command import print_json
 from forge.errors import GGUFShardError
 from forge.sharded_model import ShardedModel
-from forge.sizes import format_bytes, parse_size
+from forge.sizes import format_bytes
 
 
 def _prompt(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
@@ -33,8 +35,7 @@ def _prompt(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[int]:
     return prompt
 
 
-def _tokenizer(model: ShardedModel) -> Tokenizer | None:
-    metadata = model.source_header().metadata
+def _tokenizer(model: ShardedModel, metadata: dict[str, Any]) -> Tokenizer | None:
     if "tokenizer.ggml.model" not in metadata:
         return None
     try:
@@ -64,6 +65,11 @@ class _Writer:
         if not self._quiet:
             print(flush=True)
 
+    def break_line(self) -> None:
+        """Give an error that ends the text a line of its own."""
+        if self._pieces and not self._quiet:
+            print(flush=True)
+
     def _write(self, text: str) -> None:
         self._pieces.append(text)
         if not self._quiet:
@@ -76,17 +82,19 @@ def _facts(
 ) -> dict[str, Any]:
     atlas = model.atlas
     decode, prompt_phase = result.decode_stats, result.prompt_stats
-    # Steady state is what decoding shows; without a decode pass the prompt's has to do.
+    # Steady state is what decoding shows; a prompt's passes carry many tokens each.
     passes = result.n_decode_passes
-    phase = decode if passes else prompt_phase
-    passes = passes or -(-len(prompt) // model.n_batch)
-    seconds = result.decode_seconds if result.n_decode_passes else result.prompt_seconds
+    phase, seconds = (
+        (decode, result.decode_seconds) if passes else (prompt_phase, result.prompt_seconds)
+    )
+    n_tokens = passes or len(prompt)
     shard_bytes = atlas.pool.frame_bytes
     memory = memory_bandwidth(model.target, atlas.cache)
     link = link_bandwidth(atlas)
-    limit = decode_limit(
-        phase.accesses * shard_bytes / passes, phase.bytes_moved / passes, memory, link
-    )
+    limit = float("inf")
+    if passes:
+        read, moved = decode.accesses * shard_bytes / passes, decode.bytes_moved / passes
+        limit = decode_limit(read, moved, memory, link)
     return {
         "prompt_tokens": prompt,
         "tokens": result.tokens,
@@ -101,12 +109,12 @@ def _facts(
         "reuse_hits": prompt_phase.reuse_hits + decode.reuse_hits,
         "prefetch_hits": prompt_phase.prefetch_hits + decode.prefetch_hits,
         "demand_misses": prompt_phase.demand_misses + decode.demand_misses,
-        "bytes_per_token": phase.bytes_moved / passes,
+        "bytes_per_token": phase.bytes_moved / n_tokens,
         "bytes_filled": atlas.stats.bytes_filled,
         "link_gb_per_s": phase.bytes_moved / seconds / 1e9 if seconds else 0.0,
         "link_bandwidth_gb_per_s": link / 1e9,
         "memory_bandwidth_gb_per_s": memory / 1e9 if memory is not None else None,
-        # JSON has no infinity: where nothing is known to bound the speed, there is no limit.
+        # Null where nothing was decoded, or nothing known bounds it: JSON has no infinity.
         "limit_tokens_per_second": limit if np.isfinite(limit) else None,
         "fraction_of_limit": result.tokens_per_second / limit if np.isfinite(limit) else None,
         "expected_reuse_ratio": atlas.expected_reuse_ratio,
@@ -133,6 +141,8 @@ def _summary(facts: dict[str, Any]) -> str:
             f"limit {facts['limit_tokens_per_second']:.2f} tokens/s, "
             f"reached {100 * facts['fraction_of_limit']:.0f} %"
         )
+    expected = facts["expected_reuse_ratio"]
+    theory = "" if expected is None else f" (once warm {100 * expected:.1f} % reuse expected)"
     return "\n".join(
         (
             f"{facts['tokens_per_second']:.2f} tokens/s ({len(facts['tokens'])} tokens), "
@@ -141,7 +151,7 @@ def _summary(facts: dict[str, Any]) -> str:
             f"target {facts['target']}, policy {facts['policy']}, "
             f"budget {format_bytes(facts['budget_bytes'])}, "
             f"peak {format_bytes(facts['device_bytes_peak'])}",
-            f"{', '.join(shares)} (expected reuse {100 * facts['expected_reuse_ratio']:.1f} %), "
+            f"{', '.join(shares)}{theory}, "
             f"{format_bytes(facts['bytes_per_token'])} moved per token, "
             f"{facts['pages_checked']} pages checked",
             f"link {facts['link_gb_per_s']:.2f} of {facts['link_bandwidth_gb_per_s']:.2f} GB/s, "
@@ -156,23 +166,31 @@ def _stop_tokens(args: argparse.Namespace, tokenizer: Tokenizer | None) -> Colle
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; the exit code."""
-    budget = parse_size(args.budget)
+    if args.logits_out is not None:
+        _check_writable(Path(args.logits_out))
     sampler = Sampler(args.temp, args.top_k, args.top_p, args.seed)
     target = select_target(args.target, args.threads)
     with ShardedModel(args.map) as opened:
-        tokenizer = _tokenizer(opened)
+        metadata = opened.source_header().metadata
+        tokenizer = _tokenizer(opened, metadata)
+        config = LlamaConfig.from_metadata(metadata)
+        del metadata  # a large vocabulary's strings need not stay beside the tokenizer
         prompt = _prompt(args, tokenizer)
         n_context = args.context or len(prompt) + args.n_tokens
         with LlamaModel(
-            opened, target, budget, n_context=n_context, n_batch=args.batch,
+            opened, target, args.budget, config=config, n_context=n_context, n_batch=args.batch,
             policy=args.policy, prefetch_distance=args.prefetch_distance,
         ) as model:  # fmt: skip
             quiet = args.json
             writer = _Writer(tokenizer.stream() if tokenizer else None, quiet)
-            result = generate(
-                model, prompt, args.n_tokens, sampler,
-                stop=_stop_tokens(args, tokenizer), on_token=writer.token,
-            )  # fmt: skip
+            try:
+                result = generate(
+                    model, prompt, args.n_tokens, sampler,
+                    stop=_stop_tokens(args, tokenizer), on_token=writer.token,
+                )  # fmt: skip
+            except BaseException:
+                writer.break_line()
+                raise
             writer.end()
             if args.logits_out is not None:
                 _save_logits(args.logits_out, result.prompt_logits)
@@ -182,7 +200,19 @@ def run(args: argparse.Namespace) -> int:
         print_json(facts)
     elif not args.quiet:
         print(_summary(facts), file=sys.stderr)
+        if n_context > config.n_context:
+            print(
+                f"a context of {n_context} is beyond the {config.n_context} positions the model "
+                "was made for",
+                file=sys.stderr,
+            )
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Say before the work, not behind it, that its result cannot be stored."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise GGUFShardError(f"{path}: cannot be written")
 
 
 def _save_logits(path: str, logits: np.ndarray) -> None:

@@ -187,15 +187,3 @@ def select_target(name: str = "auto", threads: int | None = None) -> Target:
     if not cuda_is_usable():
         raise GGUFShardError("target cuda: no usable CUDA device (driver and numba-cuda needed)")
     return CudaTarget()
-
-
-def available_memory_bytes() -> int:
-    """Host memory that can be taken without swapping (`MemAvailable`), in bytes."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -177,7 +177,12 @@ def decode_within(
         )
         pool_bytes = atlas.plan.n_frames * atlas.pool.frame_bytes
         return _summary(
-            result, atlas.plan.policy, budget, pool_bytes, atlas.expected_reuse_ratio, machine
+            result,
+            atlas.plan.policy,
+            budget,
+            pool_bytes,
+            expected_hit_ratio(atlas.plan, atlas.shape),
+            machine,
         ), scan
 
 

@@ -33,6 +33,8 @@ def run_command(args: argparse.Namespace) -> int:
     Errors that a user can cause (bad input, a full disk, no memory, Ctrl-C) become one line on
     stderr and exit code 1; a reader that went away ends the program quietly.
     """
+    if sys.stdout is None:  # closed by whoever started us: nobody reads, which is no error
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold what it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

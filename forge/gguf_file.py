@@ -354,6 +354,16 @@ def _split_number(part: GGUFHeader, key: str, default: int | None = None) -> int
     return value
 
 
+def part_paths(first: Path, n_parts: int) -> list[Path]:
+    """Files of a model of `n_parts` parts whose first one is called `first`; a name that is none of
+    a first part gets the ending that makes it one."""
+    if n_parts == 1:
+        return [first]
+    match = _SPLIT_NAME.match(first.name)
+    stem = match[1] if match and int(match[2]) == 1 else first.stem
+    return [first.with_name(f"{stem}-{i + 1:05d}-of-{n_parts:05d}.gguf") for i in range(n_parts)]
+
+
 def _check_parts(parts: Sequence[GGUFHeader]) -> None:
     names: set[str] = set()
     for i, part in enumerate(parts):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from numba.core import config
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 _COMPILED_SOURCES = ("forge", "atlas/ops")
 _KEPT_DIGESTS = 8
+_DIGEST = re.compile("[0-9a-f]{16}")
 
 
 def _sources_digest() -> str:
@@ -34,7 +36,7 @@ def _sources_digest() -> str:
 
 def _cache_root() -> Path:
     if config.CACHE_DIR:
-        return Path(config.CACHE_DIR)
+        return Path(config.CACHE_DIR) / "gguf-shard"
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "gguf-shard" / "numba"
 
@@ -47,7 +49,7 @@ def _prepare_cache_dir() -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
         by_age = sorted(
-            (d for d in root.iterdir() if len(d.name) == 16 and d.is_dir()),
+            (d for d in root.iterdir() if _DIGEST.fullmatch(d.name) and d.is_dir()),
             key=lambda d: d.stat().st_mtime,
         )
         for stale in by_age[:-_KEPT_DIGESTS]:

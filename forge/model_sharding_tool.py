@@ -97,7 +97,7 @@ def _info(args: argparse.Namespace) -> int:
     facts = describe(args.file)
     if args.json:
         print_json(facts)
-    else:
+    elif not args.quiet:
         print(describe_text(facts))
     return 0
 

@@ -1,7 +1,7 @@
 """Writing files so that a reader sees the old one or the new one, never a third state.
 
-A `PendingFile` is written beside its target as `NAME.new`, under a lock, and takes its place only
-on `commit`, after `fsync`. A process that dies leaves at most a `NAME.new`, which the next writer
+A `PendingFile` is written beside its target as `NAME.sgnew`, under a lock, and takes its place only
+on `commit`, after `fsync`. A process that dies leaves at most a `NAME.sgnew`, which the next writer
 takes over.
 """
 
@@ -16,10 +16,13 @@ import numpy as np
 
 from forge.errors import GGUFShardError
 
+#: Of a file that is being written: a name that nobody else gives to a file of theirs.
+SUFFIX = ".sgnew"
+
 
 def pending_path(path: Path) -> Path:
     """Where a file is while it is being written."""
-    return path.with_name(path.name + ".new")
+    return path.with_name(path.name + SUFFIX)
 
 
 def sync_folder(folder: Path) -> None:
@@ -40,7 +43,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 def finish_pending(descriptor: int, path: Path) -> None:
-    """Put the complete `NAME.new` that is open as `descriptor` in the place of `path`.
+    """Put the complete `NAME.sgnew` that is open as `descriptor` in the place of `path`.
 
     A writer that is still alive is waited for: it does so itself, or takes its file away.
     """
@@ -159,7 +162,7 @@ def commit_together(first: PendingFile, *others: PendingFile) -> None:
     """Commit files that belong together: the rename of the first decides.
 
     All are durable before it. If anything fails after it, the others stay behind complete, as
-    `NAME.new`, for `finish_pending`; before it, nothing has happened.
+    `NAME.sgnew`, for `finish_pending`; before it, nothing has happened.
     """
     for file in (first, *others):
         file.sync()

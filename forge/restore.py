@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import numpy as np
 from forge.block_layouts import BlockLayout
 from forge.crc32 import CONTENT_BYTES
 from forge.errors import GGUFShardError
+from forge.gguf_file import part_paths
 from forge.pages import unpack_blocks, unpack_raw
 from forge.pending_file import PendingFile
 from forge.pipeline import in_order
@@ -25,7 +25,6 @@ from forge.sharded_model import ShardedModel
 
 _CHUNK_PAGES = 1024
 _ZERO_CHUNK = 4 << 20
-_SPLIT_STEM = re.compile(r"-00001-of-\d{5}$")
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,6 @@ def _write_part(
         )
 
 
-def _output_paths(output: Path, n_parts: int) -> list[Path]:
-    if n_parts == 1:
-        return [output]
-    stem = _SPLIT_STEM.sub("", output.stem)
-    return [output.with_name(f"{stem}-{i + 1:05d}-of-{n_parts:05d}.gguf") for i in range(n_parts)]
-
-
 def restore_model(
     map_path: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -154,10 +146,11 @@ def restore_model(
     ------
     GGUFShardError
         If a page is damaged, the SHA-256 differs from the source's, or the output cannot be
-        written; then no file is.
+        written; then no file is. (Only a failure of the renames themselves, at the very end, can
+        leave some parts of a split model new and others not.)
     """
     with ShardedModel(map_path) as model, ExitStack() as stack:
-        paths = _output_paths(Path(output), len(model.map.source))
+        paths = part_paths(Path(output), len(model.map.source))
         for path in paths:
             if path.exists() and any(map(path.samefile, (model.map_path, model.core.path))):
                 raise GGUFShardError(f"{path}: is the sharded model itself")

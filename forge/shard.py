@@ -41,7 +41,7 @@ from forge.page_plan import (
     plan_pages,
 )
 from forge.pages import PAGE_BYTES, pack_blocks, pack_raw, tag_pages
-from forge.pending_file import PendingFile, commit_together
+from forge.pending_file import PendingFile, commit_together, pending_path
 from forge.pipeline import in_order
 from forge.progress import progress_bar
 from forge.sgmap import (
@@ -361,16 +361,20 @@ def shard_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     map_path, pages_path = folder / "core.sgmap", folder / "core.gguf"
-    for path in (map_path, pages_path):
+    written = (map_path, pages_path, pending_path(map_path), pending_path(pages_path))
+    for path in written:
         if path.exists() and any(os.path.samefile(path, part.name) for part in parts):
             raise GGUFShardError(f"{path}: is the model itself; choose another folder")
+    for part in parts:
+        if "\\" in os.path.basename(part.name):
+            raise GGUFShardError(f"{part.name}: a file name with a backslash cannot be recorded")
     sources = [_SourceFile(part) for part in parts]
     try:
         padding = [_nonzero_ranges(source) for source in sources]
         plan = plan_pages(parts, padding, options.memory_layout, options.pages_per_shard)
         _check_map_fits(plan, parts, options, map_path)
         with PendingFile(map_path, 0, force) as map_file:
-            # `core.gguf.new` may hold the pages of the map that stands: not ours to take over.
+            # `core.gguf.sgnew` may hold the pages of the map that stands: not ours to take over.
             with suppress(GGUFShardError):
                 ShardedModel(map_path).close()
             with PendingFile(pages_path, core_bytes(plan.n_pages), force) as pages_file:

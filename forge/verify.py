@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import GGUFShardError
+from forge.gguf_file import part_paths
 from forge.progress import progress_bar
 from forge.sgmap import ShardMap
 from forge.shard_scan import scan_shards
@@ -125,9 +126,12 @@ def _verify_pages(model: ShardedModel, result: VerifyResult, progress: bool, thr
 
 
 def _verify_source(shard_map: ShardMap, path: Path, result: VerifyResult) -> None:
-    paths = [path]
-    if len(shard_map.source) > 1:
-        paths = [path.with_name(source.name) for source in shard_map.source]
+    paths = part_paths(path, len(shard_map.source))
+    if path not in paths:
+        result.bad.append(
+            Fault(None, None, None, f"{path}: is not the first part of a split model")
+        )
+        return
     for file, source in zip(paths, shard_map.source, strict=True):
         try:
             digest = hashlib.sha256()

@@ -67,7 +67,7 @@ def generate(
     prompt
         Token ids, at least one.
     n_tokens
-        At most so many new tokens.
+        At most so many new tokens; fewer if the context is full before.
     sampler
         How to choose them.
     stop
@@ -85,7 +85,7 @@ def generate(
     CorruptPageError
         If a page failed its check; no token that depends on it has been handed out.
     GGUFShardError
-        If the context is too small.
+        If the prompt does not fit the context.
     """
     result = Generation()
     stats = model.atlas.stats
@@ -103,7 +103,8 @@ def generate(
             decoding = time.perf_counter()
         result.tokens.append(token)
         on_token(token)
-        if token in stop or len(result.tokens) == n_tokens:
+        is_full = model.position == model.kv_cache.n_context
+        if token in stop or is_full or len(result.tokens) == n_tokens:
             break
         logits = model.forward([token])
         result.n_decode_passes += 1

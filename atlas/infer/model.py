@@ -86,6 +86,8 @@ class LlamaModel:
         Where to run.
     budget
         Device memory for everything: pool, tables, keys and values, activations.
+    config
+        Its hyperparameters, if they have been read already.
     n_context
         Positions to have room for.
     n_batch
@@ -105,12 +107,13 @@ class LlamaModel:
         target: Target,
         budget: Size,
         *,
+        config: LlamaConfig | None = None,
         n_context: int,
         n_batch: int = DEFAULT_BATCH,
         policy: str | None = None,
         prefetch_distance: int | None = None,
     ) -> None:
-        self.config = LlamaConfig.from_metadata(model.source_header().metadata)
+        self.config = config or LlamaConfig.from_metadata(model.source_header().metadata)
         self.n_batch = min(n_batch, n_context)
         self.atlas = Atlas(
             model,

@@ -146,7 +146,7 @@ def test_text_on_stdout_and_a_summary_on_stderr(demo: Path, capsys: Capture) -> 
     for pattern in (
         r"[\d.]+ tokens/s \(12 tokens\), prompt [\d.]+ tokens/s, first token after [\d.]+ s",
         r"target cpu, policy \w+, budget [\d.]+ MB, peak [\d.]+ MB",
-        r"% reuse hits, [\d.]+ % prefetch hits, [\d.]+ % demand misses \(expected reuse",
+        r"% reuse hits, [\d.]+ % prefetch hits, [\d.]+ % demand misses \(once warm [\d.]+ % reuse",
         r"moved per token, \d+ pages checked",
         r"link [\d.]+ of [\d.]+ GB/s, memory [\d.]+ GB/s: limit [\d.]+ tokens/s, reached \d+ %",
     ):
@@ -195,7 +195,7 @@ def test_logits_out(tiny: tuple[NaiveLlama, Path], tmp_path: Path, capsys: Captu
     np.testing.assert_allclose(logits, tiny[0].logits(PROMPT)[-1], atol=1e-5)
     missing = tmp_path / "none" / "logits.npy"
     assert run(tiny[1], "--prompt-ids", IDS, "-n", "1", "-q", "--logits-out", missing) == 1
-    assert one_line(capsys.readouterr().err).endswith("logits.npy: No such file or directory")
+    assert one_line(capsys.readouterr().err).endswith("logits.npy: cannot be written")
 
 
 def test_the_seed_decides(tiny: tuple[NaiveLlama, Path], capsys: Capture) -> None:
@@ -251,16 +251,7 @@ def fails(capsys: Capture, *arguments: str | Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--budget", "abc"), "size 'abc': not a number with GB, GiB"),
-        (("--budget", "0"), "size '0': not a size of memory"),
-        (("--budget", "-1"), "size '-1': not a number"),
-        (("--budget", "200%"), "size '200%': not within 0..100 %"),
-        (("--budget", ""), "size '': not a number"),
-        (("--budget", "5XB"), "size '5XB': not a number"),
         (("-c", "4"), "context of 4 is full: 0 positions are taken, 5 more wanted"),
-        (("--temp", "-1"), "temperature -1.0"),
-        (("--temp", "nan"), "temperature nan"),
-        (("--top-p", "0"), "top-p 0.0: not within 0..1"),
         (("--threads", "4096"), "threads: 4096 is not within 1.."),
     ],
 )
@@ -271,6 +262,51 @@ def test_bad_values(
     for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
         monkeypatch.setenv(variable, os.environ.get(variable, "2"))
     assert message in fails(capsys, tiny[1], "--prompt-ids", IDS, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--budget", "abc", "size 'abc': not a number with GB, GiB"),
+        ("--budget", "0", "size '0': not a size of memory"),
+        ("--budget", "-1", "size '-1': not a number"),
+        ("--budget", "200%", "size '200%': not within 0..100 %"),
+        ("--budget", "", "size '': not a number"),
+        ("--budget", "5XB", "size '5XB': not a number"),
+        ("--temp", "-1", "'-1' is not a number within 0.."),
+        ("--temp", "nan", "'nan' is not a number within 0.."),
+        ("--top-p", "0", "'0' is not a number within 0..1"),
+        ("--top-k", "-1", "'-1' is not a whole number of at least 0"),
+        ("--seed", "x", "'x' is not a whole number of at least 0"),
+    ],
+)
+def test_values_that_are_none_are_wrong_usage(
+    tiny: tuple[NaiveLlama, Path], capsys: Capture, option: str, value: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(tiny[1]), "--prompt-ids", IDS, f"{option}={value}"])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_full_context_ends_the_text(tiny: tuple[NaiveLlama, Path], capsys: Capture) -> None:
+    arguments = (tiny[1], "--prompt-ids", IDS, "-n", "20", "--temp", "0", "--ignore-eos")
+    found = facts(capsys, *arguments, "-c", str(len(PROMPT) + 3))
+    # The last token's own position would be the first one outside.
+    assert found["tokens"] == tiny[0].greedy(PROMPT, 4)
+
+
+def test_one_token_is_decoded_by_no_pass(tiny: tuple[NaiveLlama, Path], capsys: Capture) -> None:
+    found = facts(capsys, tiny[1], "--prompt-ids", IDS, "-n", "1", "--budget", "60%")
+    assert found["limit_tokens_per_second"] is None and found["fraction_of_limit"] is None
+    assert found["tokens_per_second"] == 0
+
+
+def test_a_context_beyond_the_models_is_noted(
+    tiny: tuple[NaiveLlama, Path], capsys: Capture
+) -> None:
+    assert run(tiny[1], "--prompt-ids", IDS, "-n", "1", "-c", "5000") == 0
+    assert "a context of 5000 is beyond the" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ids", ["1,300", "1,-1", "4294967296"])
@@ -403,7 +439,8 @@ def test_damage_during_a_run(demo: Path, tmp_path: Path, capsys: Capture) -> Non
         start = process.stdout.read(8)
         page = flip_bit(map_path, tensor)
         text, err = start + process.stdout.read(), process.stderr.read()
-    assert process.returncode == 1
+    assert process.returncode == 1 and text.endswith("\n")  # the error stands on a line of its own
+    text = text[:-1]
     assert len(start) == 8 and len(text) < len(want) and want.startswith(text)
     shard = page // load_map(map_path).pages_per_shard
     assert f"page {page} (shard {shard}, {tensor}): " in one_line(err)

@@ -11,7 +11,6 @@ import pytest
 from atlas.errors import BudgetError
 from atlas.eviction import (
     MAX_RESERVE,
-    POLICIES,
     CacheShape,
     PoolPlan,
     expected_hit_ratio,
@@ -21,6 +20,7 @@ from atlas.eviction import (
 )
 from atlas.ops.lru import RANK_COLD, RANK_NORMAL, RANK_PINNED
 from forge.errors import GGUFShardError
+from forge.sgmap import CACHE_POLICIES
 
 SIZES = (0, 1, 2, 3, 7, 40, 151, 601)
 SHAPES = [
@@ -74,7 +74,7 @@ def test_every_plan_leaves_room_for_what_is_in_use(policy: str, prefetch_distanc
             assert (plan.n_pinned == 0) or policy == "pin", at
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", CACHE_POLICIES)
 def test_one_frame_less_than_the_smallest_pool_is_refused(policy: str) -> None:
     for shape in SHAPES:
         for n_frames in {shape.smallest_pool - 1, shape.smallest_pool // 2, 0, -5}:
@@ -143,3 +143,8 @@ def test_closed_forms() -> None:
     assert expected_hit_ratio(PoolPlan("lru", 42, 4, 64, 8, 0), shape) == 1
     no_passes = CacheShape(2, 0, 5, 1)
     assert expected_hit_ratio(PoolPlan("pin", 4, 1, 1, 0, 0), no_passes) == 0
+
+
+def test_a_row_wider_than_any_band_gets_its_band() -> None:
+    shape = CacheShape(n_high=0, n_scheduled=200, n_unscheduled=0, min_band=90)
+    assert plan_pool(shape, 200, "lru", 8).band == 90

@@ -65,7 +65,8 @@ def test_limits_are_those_of_the_slower_of_link_and_memory(map_path: Path, capsy
 
 
 def test_text_names_budget_reuse_and_limit(map_path: Path, capsys: Capture) -> None:
-    assert main(["fit", str(map_path), "--budget", "50%"]) == 0
+    assert main(["fit", str(map_path), "--budget", "50%", "--policy", "auto"]) == 0
+    assert main(["fit", str(map_path), "--budget", "50%", "-q"]) == 0
     budget, reuse, limit = capsys.readouterr().out.splitlines()
     assert budget.startswith("budget ") and "frames hold" in budget
     assert reuse.startswith("policy pin: ") and "Belady's bound" in reuse

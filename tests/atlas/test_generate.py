@@ -105,9 +105,11 @@ def test_the_price_of_nothing() -> None:
 
 def test_a_full_context_ends_the_run_after_the_tokens_that_fit(model: LlamaModel) -> None:
     seen: list[int] = []
-    with pytest.raises(GGUFShardError, match="context of 24 is full: 24 positions are taken"):
-        generate(model, PROMPT, 30, Sampler(0), on_token=seen.append)
+    result = generate(model, PROMPT, 30, Sampler(0), on_token=seen.append)
     assert len(seen) == 24 - len(PROMPT) + 1
+    assert result.tokens == seen and model.position == 24
+    with pytest.raises(GGUFShardError, match="context of 24 is full: 24 positions are taken"):
+        model.forward([1])
 
 
 # ---- what the cache does meanwhile ----

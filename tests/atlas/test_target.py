@@ -14,7 +14,6 @@ from atlas.target import (
     CpuTarget,
     CudaTarget,
     Target,
-    available_memory_bytes,
     cuda_is_usable,
     select_target,
 )
@@ -131,14 +130,3 @@ def test_the_simulator_needs_the_compiler_off() -> None:
     )  # fmt: skip
     assert run.returncode == 1
     assert "the CUDA simulator needs NUMBA_DISABLE_JIT=1" in run.stderr
-
-
-def test_available_memory_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = available_memory_bytes()
-    assert 1 << 20 < measured < 1 << 50
-
-    def unreadable(*_: object, **__: object) -> None:
-        raise OSError
-
-    monkeypatch.setattr("builtins.open", unreadable)
-    assert available_memory_bytes() >= measured  # then all there is

@@ -32,7 +32,7 @@ def test_numbas_own_setting_wins(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "chosen"))
-    assert jit._prepare_cache_dir() == tmp_path / "chosen" / jit._sources_digest()
+    assert jit._prepare_cache_dir() == tmp_path / "chosen" / "gguf-shard" / jit._sources_digest()
 
 
 def test_only_the_last_few_versions_are_kept(root: Path) -> None:
@@ -41,10 +41,12 @@ def test_only_the_last_few_versions_are_kept(root: Path) -> None:
         old.mkdir(parents=True)
         os.utime(old, (1000 - age, 1000 - age))
     (root / "something else").mkdir()
+    (root / "sixteen letters!").mkdir()
     folder = jit._prepare_cache_dir()
     assert folder is not None
     kept = sorted(path.name for path in root.iterdir())
-    assert kept == sorted([folder.name, "something else", *(f"{age:016x}" for age in range(7))])
+    others = ["sixteen letters!", "something else"]
+    assert kept == sorted([folder.name, *others, *(f"{age:016x}" for age in range(7))])
 
 
 def test_a_place_that_cannot_be_written_is_no_cache(

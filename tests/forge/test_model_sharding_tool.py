@@ -109,7 +109,10 @@ def test_an_interrupt_half_way_leaves_nothing(model: Path, tmp_path: Path) -> No
     assert running.stdout is not None and running.stderr is not None
     with running:
         assert running.stdout.readline() == "writing\n"
-        assert sorted(p.name for p in out.iterdir()) == ["core.gguf.new", "core.sgmap.new"]
+        assert sorted(p.name for p in out.iterdir()) == [
+            "core.gguf.sgnew",
+            "core.sgmap.sgnew",
+        ]
         time.sleep(0.05)
         running.send_signal(signal.SIGINT)
         assert running.wait(30) == 1
@@ -207,7 +210,10 @@ def test_existing_output_and_folders_are_named(
         (("shard", tmp_path, "-o", tmp_path), f"{tmp_path}: Is a directory"),
         (("shard", model, "-o", model), f"{model}: File exists"),
         (("restore", sharded, "-o", tmp_path), f"{tmp_path}: is a folder"),
-        (("restore", sharded, "-o", tmp_path / "x/y"), "x/y.new: No such file or directory"),
+        (
+            ("restore", sharded, "-o", tmp_path / "x/y"),
+            "x/y.sgnew: No such file or directory",
+        ),
         (("restore", sharded, "-o", sharded, "--force"), "is the sharded model itself"),
         (("info", tmp_path), f"{tmp_path}: Is a directory"),
     ]:

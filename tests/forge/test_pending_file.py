@@ -31,7 +31,7 @@ def test_appears_on_commit_only(path: Path) -> None:
     with PendingFile(path, 10) as file:
         file.write(b"world", 5)
         file.write(np.frombuffer(b"hello", np.uint8), 0)
-        assert names(path) == ["file.new"]
+        assert names(path) == ["file.sgnew"]
         file.commit()
         assert names(path) == ["file"]
     assert path.read_bytes() == b"helloworld"
@@ -78,13 +78,13 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"mine")
     pending_path(tmp_path / "file").symlink_to(target)
-    with pytest.raises(GGUFShardError, match=r"file\.new: Too many levels of symbolic links"):
+    with pytest.raises(GGUFShardError, match=r"file\.sgnew: Too many levels of symbolic links"):
         PendingFile(tmp_path / "file", 1)
     assert target.read_bytes() == b"mine"
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(GGUFShardError, match=r"none/file\.new: No such file or directory"):
+    with pytest.raises(GGUFShardError, match=r"none/file\.sgnew: No such file or directory"):
         PendingFile(tmp_path / "none" / "file", 1)
 
 
@@ -107,7 +107,7 @@ def refuse(*_: object) -> None:
     [
         ("pwrite", r"file: offset 7: No space left"),
         ("fsync", r"file: fsync: No space left"),
-        ("ftruncate", r"file\.new: No space left"),
+        ("ftruncate", r"file\.sgnew: No space left"),
     ],
 )
 def test_what_the_disk_refuses_is_named(
@@ -143,9 +143,9 @@ def test_another_process_is_not_disturbed(path: Path) -> None:
     assert holder.stdin is not None and holder.stdout is not None
     with holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(GGUFShardError, match=r"file\.new: another process is writing it"):
+        with pytest.raises(GGUFShardError, match=r"file\.sgnew: another process is writing it"):
             PendingFile(path, 3)
-        assert names(path) == ["file.new"]
+        assert names(path) == ["file.sgnew"]
         holder.stdin.write("go on\n")
         holder.stdin.close()
         assert holder.wait(20) == 0
@@ -156,7 +156,7 @@ def test_another_process_is_not_disturbed(path: Path) -> None:
 def test_a_file_that_moved_before_the_lock_is_not_touched(
     fate: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between our open and our lock the other writer ends: what we hold is not `NAME.new` now."""
+    """Between our open and our lock the other writer ends: what we hold is not `NAME.sgnew` now."""
     other = PendingFile(path, 3)
     other.write(b"his", 0)
     flock = PendingFile.__init__.__globals__["fcntl"].flock
@@ -183,7 +183,7 @@ def test_finishing_waits_for_a_living_writer(path: Path) -> None:
         reader = threading.Thread(target=finish_pending, args=(complete.fileno(), path))
         reader.start()
         reader.join(0.1)
-        assert reader.is_alive() and names(path) == ["file.new"]
+        assert reader.is_alive() and names(path) == ["file.sgnew"]
         writer.commit()
         reader.join(10)
         assert not reader.is_alive()

@@ -182,7 +182,7 @@ def test_damage_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(GGUFShardError, match=expected):
         restore_model(map_path, target, force=True)
     assert target.read_bytes() == b"what was there"
-    assert not target.with_name("restored.gguf.new").exists()
+    assert not target.with_name("restored.gguf.sgnew").exists()
 
 
 def test_another_sha256_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

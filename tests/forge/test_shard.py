@@ -125,7 +125,7 @@ def test_what_a_reader_would_refuse_is_not_written(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = model.rename(tmp_path / "back\\slash.gguf")
-    with pytest.raises(GGUFShardError, match=r"core\.sgmap: field source\[0\]\.name"):
+    with pytest.raises(GGUFShardError, match=r"slash\.gguf: a file name with a backslash"):
         shard_model(named, tmp_path / "out")
     monkeypatch.setattr("forge.sgmap_reader.MAX_MAP_BYTES", 1000)
     with pytest.raises(GGUFShardError, match="a map has at most 1000 bytes"):
@@ -200,7 +200,7 @@ def test_pages_written_wrongly_are_found_before_the_rename(
         return pwrite(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", lying)
-    with pytest.raises(GGUFShardError, match=r"core\.gguf\.new: page 5: wrong after writing"):
+    with pytest.raises(GGUFShardError, match=r"core\.gguf\.sgnew: page 5: wrong after writing"):
         shard_model(model, tmp_path / "out")
     assert files_in(tmp_path / "out") == {}
 
@@ -227,7 +227,7 @@ def interrupted(sharded: Path, source: Path) -> Path:
     """The folder as a writer leaves it that died after the map's rename; returns the map."""
     work = sharded.parent / "work"
     shard_model(source, work)
-    os.replace(work / "core.gguf", sharded.with_name("core.gguf.new"))
+    os.replace(work / "core.gguf", sharded.with_name("core.gguf.sgnew"))
     os.replace(work / "core.sgmap", sharded)
     work.rmdir()
     return sharded
@@ -241,7 +241,7 @@ def other(tmp_path: Path) -> Path:
 def test_opening_finishes_what_a_dead_writer_began(sharded: Path, other: Path) -> None:
     interrupted(sharded, other)
     assert verify_model(sharded, against=other).ok
-    assert not sharded.with_name("core.gguf.new").exists()
+    assert not sharded.with_name("core.gguf.sgnew").exists()
 
 
 def test_so_does_it_where_there_were_no_pages_before(sharded: Path, other: Path) -> None:
@@ -251,7 +251,7 @@ def test_so_does_it_where_there_were_no_pages_before(sharded: Path, other: Path)
 
 
 def test_remains_of_another_write_are_left_alone(sharded: Path, model: Path) -> None:
-    remains = sharded.with_name("core.gguf.new")
+    remains = sharded.with_name("core.gguf.sgnew")
     remains.write_bytes(b"half a file")
     assert verify_model(sharded, against=model).ok
     assert remains.read_bytes() == b"half a file"
@@ -305,7 +305,7 @@ def test_an_error_between_the_renames_loses_nothing(
         patched.setattr(os, "replace", fail_to_rename("core.gguf", error))
         with pytest.raises(type(error)):
             shard_model(other, sharded.parent, force=True)
-    assert sharded.with_name("core.gguf.new").exists()
+    assert sharded.with_name("core.gguf.sgnew").exists()
     assert verify_model(sharded, against=other).ok
 
 
@@ -317,5 +317,14 @@ def test_an_error_right_after_the_first_rename_loses_nothing(
         patched.setattr("forge.pending_file.sync_folder", fail_with(error))
         with pytest.raises(type(error)):
             shard_model(other, sharded.parent, force=True)
-    assert sharded.with_name("core.gguf.new").exists()
+    assert sharded.with_name("core.gguf.sgnew").exists()
     assert verify_model(sharded, against=other).ok
+
+
+@pytest.mark.parametrize("name", ["core.gguf", "core.gguf.sgnew", "core.sgmap.sgnew"])
+def test_the_model_itself_is_never_written_over(tmp_path: Path, model: Path, name: str) -> None:
+    source = model.rename(tmp_path / name)
+    before = source.read_bytes()
+    with pytest.raises(GGUFShardError, match="is the model itself; choose another folder"):
+        shard_model(source, tmp_path, force=True)
+    assert source.read_bytes() == before

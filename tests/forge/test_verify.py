@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES
+from forge.restore import restore_model
 from forge.sgmap import core_path
 from forge.sgmap_reader import load_map, parse_map
 from forge.shard import ShardOptions, shard_model
@@ -223,3 +224,19 @@ def test_results_are_plain_data() -> None:
         ],
     }
     assert str(result.bad[1]) == "what"
+
+
+def test_against_reads_the_copy_it_is_given(tmp_path: Path) -> None:
+    """Not the intact original that happens to lie beside it."""
+    tensors = [[factory.tensor(f"t{i}", Type.F32, (8,), seed=i)] for i in range(2)]
+    first = factory.split_model(tmp_path, tensors)
+    map_path = shard_model(first, tmp_path / "out")
+    copies = restore_model(map_path, tmp_path / "copy-00001-of-00002.gguf")
+    assert verify_model(map_path, against=copies[0]).ok
+    with open(copies[1], "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    (fault,) = verify_model(map_path, against=copies[0]).bad
+    assert str(fault).startswith(f"{copies[1]}: has SHA-256")
+    (fault,) = verify_model(map_path, against=copies[1]).bad
+    assert "is not the first part of a split model" in str(fault)
