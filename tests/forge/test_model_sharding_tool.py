@@ -86,8 +86,10 @@ def test_wrong_usage_ends_with_2(model: Path) -> None:
     assert "invalid choice: 'diagonal'" in done.stderr and "Traceback" not in done.stderr
 
 
+# A suite that runs in the background hands down an ignored SIGINT: the script takes it back.
 SLOW_WRITES = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, sys.argv.pop(1))
 from forge import model_sharding_tool
 pwrite = os.pwrite
