@@ -36,7 +36,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
 from tokenizers import models, pre_tokenizers, trainers
 from tqdm import trange
 
-from atlas.infer.tokenizer import SPACE_MARK, Tokenizer
+from atlas.infer.bpe import SPACE_MARK
+from atlas.infer.tokenizer import Tokenizer
 from experiments.make_model import Preset, plan_tensors
 from experiments.story_grammar import stories
 from forge.errors import GGUFShardError

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlas.infer.tokenizer import PRE_TOKENIZERS, Tokenizer
+from atlas.infer.bpe import PRE_TOKENIZERS
+from atlas.infer.tokenizer import Tokenizer
 from forge.errors import GGUFShardError
 from forge.gguf_file import read_gguf
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, TokenType
 
-from atlas.infer.tokenizer import SPACE_MARK
+from atlas.infer.bpe import SPACE_MARK
 from experiments import train_demo_model
 from experiments.story_grammar import stories
 from experiments.train_demo_model import (
