@@ -1,0 +1,3 @@
+"""GGUF models as checked 4 KiB pages, and back, bit for bit."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Inference on cached pages: llama-architecture models, tokenizers, sampling."""
+
+from __future__ import annotations
