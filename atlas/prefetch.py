@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 #: Shards smaller than this are read ahead by the thread that computes: handing them to another
-#: one costs more than reading them. (Measured on two cores at 50 % of a 1B-shaped model: equal at
-#: 256 KiB, ahead by a tenth at 1 MiB; at 4 KiB the thread takes 1.7 times as long.)
+#: one costs more than reading them.
 MIN_BACKGROUND_BYTES = 256 << 10
 
 
