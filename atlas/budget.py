@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from atlas.errors import BudgetError
-from atlas.eviction import CacheShape, PoolPlan, plan_pool
+from atlas.eviction import MAX_DEVICE_RESERVE, MAX_RESERVE, CacheShape, PoolPlan, plan_pool
 from atlas.frame_pool import frame_cost_bytes, pool_overhead_bytes
-from atlas.swap import lane_bytes
+from atlas.ops.crc32_tables import TABLE_WORDS
+from atlas.ops.swap_state import swap_state_bytes
+from atlas.swap import N_LANES, lane_bytes
+from atlas.target import ARGUMENT_BYTES
 from forge.pages import PAGE_BYTES
 from forge.sgmap import ShardMap
 from forge.sizes import Size, format_bytes
 
-N_LANES = 2  # loads under way at once: on demand, and ahead
 _SCRATCH_BYTES = 16 << 10  # shard numbers of loads under way and other passing arrays
 
 
@@ -22,7 +24,7 @@ def plan_budget(
     policy: str | None,
     prefetch_distance: int | None,
     reserved_bytes: int,
-    in_place: bool,
+    on_device: bool,
 ) -> tuple[PoolPlan, int]:
     """Divide a budget.
 
@@ -37,8 +39,8 @@ def plan_budget(
         None for what the map says.
     reserved_bytes
         Spent by the caller.
-    in_place
-        Whether shards are read straight into their frames (`atlas.swap.Lane`).
+    on_device
+        Whether kernels drive the cache (`atlas.device_cache`), or the host does.
 
     Returns
     -------
@@ -53,14 +55,8 @@ def plan_budget(
         If the policy is not known.
     """
     settings = shard_map.atlas
-    shard_bytes = shard_map.pages_per_shard * PAGE_BYTES
-    fixed = (
-        reserved_bytes
-        + pool_overhead_bytes(shard_map.n_pages, shard_map.n_shards)
-        + N_LANES * lane_bytes(shard_bytes, in_place)
-        + _SCRATCH_BYTES
-    )
-    per_frame = frame_cost_bytes(shard_map.shard_shift)
+    fixed, per_frame = cache_cost_bytes(shard_map, on_device)
+    fixed += reserved_bytes
     if budget.n_bytes is not None:
         n_frames = (budget.n_bytes - fixed) // per_frame
     else:
@@ -68,7 +64,10 @@ def plan_budget(
         n_frames = shape.n_high + round(budget.fraction * (shape.n_shards - shape.n_high))
     distance = settings.prefetch_distance if prefetch_distance is None else prefetch_distance
     try:
-        plan = plan_pool(shape, n_frames, policy or settings.cache_policy, distance)
+        plan = plan_pool(
+            shape, n_frames, policy or settings.cache_policy, distance,
+            MAX_DEVICE_RESERVE if on_device else MAX_RESERVE,
+        )  # fmt: skip
     except BudgetError as error:
         smallest = fixed + error.smallest_bytes * per_frame
         given = f"{budget.n_bytes} bytes" if budget.n_bytes else f"{budget.fraction:.3%}"
@@ -78,3 +77,16 @@ def plan_budget(
             smallest,
         ) from None
     return plan, budget.n_bytes or fixed + plan.n_frames * per_frame
+
+
+def cache_cost_bytes(shard_map: ShardMap, on_device: bool) -> tuple[int, int]:
+    """Memory of a cache without frames, and of each frame."""
+    n_pages, n_shards = shard_map.n_pages, shard_map.n_shards
+    shard_bytes = shard_map.pages_per_shard * PAGE_BYTES
+    if not on_device:
+        fixed = pool_overhead_bytes(n_pages, n_shards) + N_LANES * lane_bytes(shard_bytes)
+        return fixed + _SCRATCH_BYTES, frame_cost_bytes(shard_map.shard_shift)
+    state = swap_state_bytes(n_shards, 0)
+    # Beside that: the published table, numbers and host addresses of shards, the CRCs, and tables.
+    fixed = state + n_shards * (4 + 4 + 8) + n_pages * 4 + ARGUMENT_BYTES + TABLE_WORDS * 4
+    return fixed + _SCRATCH_BYTES, shard_bytes + swap_state_bytes(n_shards, 1) - state

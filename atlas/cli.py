@@ -95,6 +95,11 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
                    help="what stays resident (default: the map's)")  # fmt: skip
     p.add_argument("--prefetch-distance", type=_at_least(0), default=None, metavar="N",
                    help="shards to read ahead (default: the map's)")  # fmt: skip
+    p.add_argument("--host-memory", type=_size, default=None, metavar="SIZE",
+                   help="cuda target: pinned host memory for pages that do not stay on the device "
+                   "(default: 80%% of what is free); the rest is read from the file")  # fmt: skip
+    p.add_argument("--scrub", type=_at_least(0), default=0, metavar="PAGES",
+                   help="resident pages to check again after each token (default: 0)")  # fmt: skip
     p.add_argument("--temp", type=_real(0, 1e6), default=0.8,
                    help="temperature; 0 is greedy (default: 0.8)")  # fmt: skip
     p.add_argument("--top-k", type=_at_least(0), default=40, help="0 is all (default: 40)")
@@ -148,8 +153,15 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.set_defaults(run=_fit)
 
 
+def _cuda_check() -> Any:
+    from atlas.device_check import DeviceCheck
+    from atlas.target import select_target
+
+    return DeviceCheck(select_target("cuda"))
+
+
 def _parser() -> argparse.ArgumentParser:
-    from forge.model_sharding_tool import add_commands
+    from forge.model_sharding_tool import PAGE_CHECKS, add_commands
 
     parser = argparse.ArgumentParser(
         prog="gguf-shard",
@@ -157,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         "checked 4 KiB pages, and cache those within a budget.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_commands(commands)
+    add_commands(commands, {**PAGE_CHECKS, "cuda": _cuda_check})
     _add_run(commands)
     _add_fit(commands)
     return parser

@@ -22,7 +22,8 @@ from atlas.ops.lru import RANK_COLD, RANK_NORMAL, RANK_PINNED
 from forge.errors import GGUFShardError
 from forge.sgmap import CACHE_POLICIES
 
-MAX_RESERVE = 4
+MAX_RESERVE = 4  # where a thread reads shards one after the other
+MAX_DEVICE_RESERVE = 16  # where a kernel brings in all of them at once
 _MAX_BAND = 8
 _COMPLETE_BAND = 64
 
@@ -92,7 +93,13 @@ class PoolPlan:
         return self.policy == "mru"
 
 
-def plan_pool(shape: CacheShape, n_frames: int, policy: str, prefetch_distance: int) -> PoolPlan:
+def plan_pool(
+    shape: CacheShape,
+    n_frames: int,
+    policy: str,
+    prefetch_distance: int,
+    max_reserve: int = MAX_RESERVE,
+) -> PoolPlan:
     """Divide a pool into what stays, what streams and what is free.
 
     Parameters
@@ -106,6 +113,8 @@ def plan_pool(shape: CacheShape, n_frames: int, policy: str, prefetch_distance: 
     prefetch_distance
         Shards to read ahead, at most; a small pool reads less far ahead, so that the ring of
         streamed shards stays a small part of it.
+    max_reserve
+        Most shards that one load brings in.
 
     Raises
     ------
@@ -122,19 +131,21 @@ def plan_pool(shape: CacheShape, n_frames: int, policy: str, prefetch_distance: 
     if n_frames >= n:
         n_pinned = shape.n_scheduled if decided == "pin" else 0
         band = max(_COMPLETE_BAND, shape.min_band)
-        return PoolPlan(decided, n, MAX_RESERVE, band, prefetch_distance, n_pinned)
+        return PoolPlan(decided, n, max_reserve, band, prefetch_distance, n_pinned)
     room = n_frames - shape.n_high
     if n_frames < shape.smallest_pool:
         raise BudgetError(
             f"room for {max(n_frames, 0)} frames, {shape.smallest_pool} are needed",
             shape.smallest_pool,
         )
-    reserve = min(max(n // 150, 1), MAX_RESERVE, room - shape.min_band)
+    reserve = min(max(n // 150, 1), max_reserve, room - shape.min_band)
     band = min(max(n // 200, shape.min_band), max(_MAX_BAND, shape.min_band), room - reserve)
     distance = min(prefetch_distance, max(n // 64, 2), room - reserve - band)
     n_pinned = 0
     if decided == "pin":
-        n_pinned = _pinned(shape, room - reserve, band, distance)
+        # A kernel brings in several shards at once, and what came with them is kept as long.
+        together = reserve if max_reserve > MAX_RESERVE else 0
+        n_pinned = _pinned(shape, room - reserve, band, distance + together)
     return PoolPlan(decided, n_frames, reserve, band, distance, n_pinned)
 
 

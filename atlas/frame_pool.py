@@ -1,8 +1,6 @@
-"""The pool of frames and what the device knows about it: table, ticks, uses.
+"""The pool of frames that the host manages: table, ticks, uses, free frames.
 
-All arrays live on the target; the host keeps the list of free frames and a mirror of which shards
-are resident, so that planning ahead costs no round trip. Callers serialise access (the manager's
-lock).
+Callers serialise access (the lock of `atlas.shard_cache`).
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas.ops.gather import publish
+from atlas.ops.gather import check_frames, publish
 from atlas.ops.lru import RANK_PINNED, choose_victims, hold, touch
 from atlas.ops.paged import PageCache
 from atlas.target import Target
@@ -26,12 +24,12 @@ _LIST_PART = 1024  # shard numbers that go to the device at once: lists take lit
 
 
 class FramePool:
-    """Room for `n_frames` shards on a target.
+    """Room for `n_frames` shards in host memory.
 
     Parameters
     ----------
     target
-        Where the frames are.
+        Where the memory comes from.
     n_frames
         Room for so many shards.
     n_pages, shard_shift
@@ -44,7 +42,7 @@ class FramePool:
     Attributes
     ----------
     cache
-        Frames and table as kernels take them.
+        Frames and table as operations take them.
     is_resident
         bool [n_shards], the host's mirror of the table.
     """
@@ -63,9 +61,9 @@ class FramePool:
         self.n_pages = n_pages
         self.n_shards = len(shard_rank)
         self.frame_bytes = PAGE_BYTES << shard_shift
-        table = target.full(self.n_shards, -1, np.int32)
-        frames = target.empty(n_frames * self.frame_bytes, np.uint8)
-        self.cache = PageCache(frames, table, shard_shift)
+        self.shard_shift = shard_shift
+        self.table = target.full(self.n_shards, -1, np.int32)
+        self._allocate_frames()
         self.frame_shard = target.full(n_frames, -1, np.int32)
         self.ticks = target.full(n_frames, 0, np.int64)
         self.held = target.full(n_frames, 0, np.int32)
@@ -93,7 +91,7 @@ class FramePool:
         self.tick += 1
         missing = self._missing[: last - first + 1]
         count = touch(
-            self.target, self.cache.table, self.ticks, self.numbers(first, last), self.tick, missing
+            self.target, self.table, self.ticks, self.numbers(first, last), self.tick, missing
         )
         return self.target.get(missing[:count]).tolist() if count else []
 
@@ -101,16 +99,16 @@ class FramePool:
         """Mark resident shards that need not follow each other as used now."""
         self.tick += 1
         for numbers in self._lists(shards):
-            touch(self.target, self.cache.table, self.ticks, numbers, self.tick, self._missing)
+            touch(self.target, self.table, self.ticks, numbers, self.tick, self._missing)
 
     def hold(self, first: int, last: int, change: int) -> None:
         """Count uses of the resident ones among shards `first` to `last` up (+1) or down (-1)."""
-        hold(self.target, self.cache.table, self.held, self.numbers(first, last), change)
+        hold(self.target, self.table, self.held, self.numbers(first, last), change)
 
     def hold_each(self, shards: Sequence[int], change: int) -> None:
         """`hold` for shards that do not follow each other."""
         for numbers in self._lists(shards):
-            hold(self.target, self.cache.table, self.held, numbers, change)
+            hold(self.target, self.table, self.held, numbers, change)
 
     def _lists(self, shards: Sequence[int]) -> Iterator[Any]:
         for i in range(0, len(shards), _LIST_PART):
@@ -131,9 +129,33 @@ class FramePool:
         """Return frames whose shards did not hold."""
         self._free.extend(frames)
 
-    def frame(self, number: int) -> Any:
+    def _allocate_frames(self) -> None:
+        frames = self.target.empty(self.n_frames * self.frame_bytes, np.uint8)
+        self.cache = PageCache(frames, self.table, self.shard_shift, frames.view(np.uint32))
+
+    def frame(self, number: int) -> np.ndarray:
         """The bytes of a frame, uint8 [frame_bytes]."""
         return self.cache.frames[number * self.frame_bytes : (number + 1) * self.frame_bytes]
+
+    def frame_of(self, shard: int) -> int:
+        """The frame of a resident shard."""
+        return int(self.table[shard])
+
+    def shard_in(self, frame: int) -> int:
+        """The resident shard in a frame, or -1."""
+        return int(self._shard_of[frame])
+
+    def is_held(self, frame: int) -> bool:
+        """Whether a frame's shard is in use."""
+        return bool(self.held[frame])
+
+    def check(self, shards: Sequence[int], frames: Sequence[int], faults: np.ndarray) -> None:
+        """Check the pages of shards that have just been read into frames; `faults` as for
+        `atlas.ops.gather.check_frames`."""
+        check_frames(
+            self.target, self.cache.frames, np.array(frames, np.int32),
+            np.array(shards, np.int32), self.shard_shift, self.n_pages, self.page_crc32, faults,
+        )  # fmt: skip
 
     def publish(
         self, shards: Sequence[int], frames: Sequence[int], n_victims: int, newest_first: bool
@@ -166,7 +188,7 @@ class FramePool:
         evicted = self._shard_of[victim_frames].tolist()
         self.tick += 1
         publish(
-            target, self.cache.table, self.frame_shard, self.ticks, victims[:found],
+            target, self.table, self.frame_shard, self.ticks, victims[:found],
             target.put(np.array(frames, np.int32)), target.put(np.array(shards, np.int32)),
             self.tick,
         )  # fmt: skip
@@ -179,11 +201,11 @@ class FramePool:
 
     def evict(self, shards: Sequence[int]) -> None:
         """Give up exactly these resident shards, which nobody holds."""
-        table = self.target.get(self.cache.table)
+        table = self.target.get(self.table)
         frames = table[list(shards)]
         none = self.target.empty(0, np.int32)
         publish(
-            self.target, self.cache.table, self.frame_shard, self.ticks,
+            self.target, self.table, self.frame_shard, self.ticks,
             self.target.put(frames), none, none, self.tick,
         )  # fmt: skip
         self._free.extend(frames.tolist())

@@ -20,7 +20,9 @@ from numba import prange
 from atlas.host_store import FileStore
 from atlas.manager import Atlas
 from atlas.ops.paged import PageCache
-from atlas.target import Target
+from atlas.ops.read_words import N_PARTS, read_words
+from atlas.ops.stopwatch import Stopwatch
+from atlas.target import CudaTarget, Target
 from forge.jit import cached_njit
 from forge.pages import PAGE_BYTES
 from forge.sgmap import ShardMap
@@ -28,6 +30,7 @@ from forge.sgmap import ShardMap
 _REPEATS = 3
 _LINK_SAMPLE_BYTES = 64 << 20
 _MEMORY_SAMPLE_BYTES = 256 << 20
+_DEVICE_SAMPLE_BYTES = 1 << 30
 _CHUNKS = 64
 
 
@@ -47,12 +50,11 @@ def memory_bandwidth(target: Target, cache: PageCache) -> float | None:
     """Bytes a second at which the target's processors read the pool; the best of three.
 
     A pool that fits a processor's cache is read from there, by this measurement as by the
-    mat-vecs. None where it is not measured (yet): on a GPU.
+    mat-vecs. None in the simulator, whose time means nothing.
     """
-    frames = target.host_view(cache.frames)
-    if frames is None:
-        return None
-    words = frames[: min(frames.size, _MEMORY_SAMPLE_BYTES)].view(np.uint64)
+    if isinstance(target, CudaTarget):
+        return _device_memory_bandwidth(target, cache) if target.has_clock else None
+    words = cache.frames[: min(cache.frames.size, _MEMORY_SAMPLE_BYTES)].view(np.uint64)
     sums = np.empty(_CHUNKS, np.uint64)
     _read_words_loop(words, sums)
     times = []
@@ -63,13 +65,34 @@ def memory_bandwidth(target: Target, cache: PageCache) -> float | None:
     return words.nbytes / min(times)
 
 
-def link_bandwidth(atlas: Atlas) -> float:
-    """Bytes a second at which shards can be read from where they are into host memory, unchecked;
-    the best of three passes over a sample spread over the scheduled shards."""
+def _device_memory_bandwidth(target: CudaTarget, cache: PageCache) -> float:
+    words = cache.words[: min(cache.words.size, _DEVICE_SAMPLE_BYTES // 4)]
+    parts = target.empty(N_PARTS, np.uint32)
+    clock = Stopwatch(target)
+    clock.seconds(lambda: read_words(target, words, parts))
+    best = min(clock.seconds(lambda: read_words(target, words, parts)) for _ in range(_REPEATS))
+    return 4 * words.size / best
+
+
+def link_bandwidth(atlas: Atlas) -> float | None:
+    """Bytes a second at which shards can be brought in from where they are, unchecked; the best of
+    three.
+
+    On the CPU target they are read from the file; on a GPU one copy is made from pinned memory to
+    the device. None in the simulator.
+    """
+    if isinstance(atlas.target, CudaTarget):
+        return _device_link_bandwidth(atlas.target) if atlas.target.has_clock else None
+    return file_bandwidth(atlas)
+
+
+def file_bandwidth(atlas: Atlas) -> float:
+    """Bytes a second at which shards are read from the file into host memory, unchecked; the best
+    of three passes over a sample spread over the scheduled shards."""
     store = FileStore(atlas.model)
     buffer = np.empty(store.shard_bytes, np.uint8)
-    n = min(max(_LINK_SAMPLE_BYTES // store.shard_bytes, 1), len(atlas.schedule.order))
-    shards = [atlas.schedule.order[i * len(atlas.schedule.order) // n] for i in range(n)]
+    n = min(max(_LINK_SAMPLE_BYTES // store.shard_bytes, 1), len(atlas.shards.schedule))
+    shards = [atlas.shards.schedule[i * len(atlas.shards.schedule) // n] for i in range(n)]
     times = []
     for _ in range(_REPEATS):
         started = time.perf_counter()
@@ -78,12 +101,27 @@ def link_bandwidth(atlas: Atlas) -> float:
     return n_bytes / min(times)
 
 
+def _device_link_bandwidth(target: CudaTarget) -> float:
+    pinned = target.mapped(_LINK_SAMPLE_BYTES, np.uint8)
+    pinned.host[:] = 1
+    landing = target.empty(_LINK_SAMPLE_BYTES, np.uint8)
+    clock = Stopwatch(target)
+
+    def bring() -> None:
+        landing.copy_to_device(pinned.host, stream=target.stream)
+
+    clock.seconds(bring)
+    return _LINK_SAMPLE_BYTES / min(clock.seconds(bring) for _ in range(_REPEATS))
+
+
 def weight_bytes_per_pass(shard_map: ShardMap, schedule_shards: int) -> int:
     """Bytes of pages that a pass of a dense model reads."""
     return schedule_shards * shard_map.pages_per_shard * PAGE_BYTES
 
 
-def decode_limit(bytes_read: float, bytes_moved: float, memory: float | None, link: float) -> float:
+def decode_limit(
+    bytes_read: float, bytes_moved: float, memory: float | None, link: float | None
+) -> float:
     """Most tokens a second for one token at a time.
 
     Parameters
@@ -91,9 +129,9 @@ def decode_limit(bytes_read: float, bytes_moved: float, memory: float | None, li
     bytes_read, bytes_moved
         Weights read and moved per token.
     memory, link
-        Bandwidths in bytes a second; an unknown memory bandwidth bounds nothing.
+        Bandwidths in bytes a second; an unknown one bounds nothing.
     """
-    seconds = bytes_moved / link
+    seconds = 0.0 if link is None else bytes_moved / link
     if memory is not None:
         seconds = max(seconds, bytes_read / memory)
     return 1.0 / seconds if seconds > 0 else float("inf")

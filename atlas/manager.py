@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from atlas.budget import N_LANES, plan_budget
+from atlas.budget import plan_budget
+from atlas.device_cache import DeviceCache
 from atlas.eviction import expected_hit_ratio, shard_ranks
 from atlas.frame_pool import FramePool
 from atlas.host_store import FileStore
@@ -19,11 +17,11 @@ from atlas.model_shards import Band, ModelShards
 from atlas.ops.dequant import dequantise
 from atlas.ops.lru import RANK_PINNED
 from atlas.ops.paged import PageCache, PagedMatrix
-from atlas.prefetch import MIN_BACKGROUND_BYTES, Prefetcher, Schedule
+from atlas.shard_cache import ShardCache
 from atlas.stats import CacheStats
-from atlas.swap import Lane, Swapper
-from atlas.target import Target, select_target
+from atlas.target import CudaTarget, Target, select_target
 from forge.errors import GGUFShardError
+from forge.pages import PAGE_BYTES
 from forge.sharded_model import ShardedModel
 from forge.sizes import Size, parse_size
 
@@ -48,6 +46,9 @@ class Atlas:
         Device memory of the caller (activations, keys and values) that counts as spent.
     order
         Tensors in execution order (`ModelShards`).
+    host_memory
+        On a GPU: pinned host memory for the shards that do not stay on the device; None for 80 % of
+        what is free. Shards beyond it are read from the file again and again.
 
     Attributes
     ----------
@@ -55,8 +56,8 @@ class Atlas:
         The budget in bytes.
     plan
         How the pool is divided.
-    stats
-        Counts so far.
+    shard_cache
+        What brings shards in: driven by the host, or by kernels on a GPU.
 
     Raises
     ------
@@ -74,14 +75,13 @@ class Atlas:
         prefetch_distance: int | None = None,
         reserved_bytes: int = 0,
         order: Sequence[str] | None = None,
+        host_memory: Size | None = None,
     ) -> None:
         self.model = model
         self.map = model.map
         self.target = target
         self.shards = ModelShards(model.map, order)
         self.shape = self.shards.shape()
-        self.stats = CacheStats()
-        in_place = target.host_view(target.empty(1, np.uint8)) is not None
         self.plan, self.budget_bytes = plan_budget(
             model.map,
             self.shape,
@@ -89,39 +89,28 @@ class Atlas:
             policy=policy,
             prefetch_distance=prefetch_distance,
             reserved_bytes=reserved_bytes,
-            in_place=in_place,
+            on_device=target.is_cuda,
         )
-        ranks = shard_ranks(self.map.n_shards, self.shards.high, self.shards.schedule, self.plan)
-        self.pool = FramePool(
-            target, self.plan.n_frames, self.map.n_pages, self.map.shard_shift,
-            model.page_crc32, ranks,
-        )  # fmt: skip
-        self.schedule = Schedule(self.shards.schedule, self.map.n_shards)
-        self._pinned = np.flatnonzero(ranks == RANK_PINNED).tolist()
-        self._demand = threading.Lock()  # taken before the other one: loads on demand, in turn
-        self._lock = threading.Condition(threading.RLock())
-        self._lanes = [Lane(target, self.pool.frame_bytes, in_place) for _ in range(N_LANES)]
-        self._store = FileStore(model)
-        self._swapper = Swapper(
-            self.pool, self._store, self._lock, self.stats, self._victims_wanted,
-            self.plan.newest_first,
-        )  # fmt: skip
         self._is_cached = np.zeros(self.map.n_shards, np.bool_)
         self._is_cached[[*self.shards.high, *self.shards.schedule, *self.shards.unscheduled]] = True
-        self._n_cached = int(self._is_cached.sum())
-        self._current: tuple[int, int] | None = None
-        self._loading: set[int] = set()
-        self._ahead: set[int] = set()  # prefetched, held, not yet used
-        self._window: set[int] = set()  # what may be read ahead now
-        self._wanted: list[int] = []
-        self._swapping = False
+        self._store = FileStore(model)
         self._bands: dict[tuple[str, int], list[Band]] = {}
-        self._complete = False  # for good: everything is resident, nothing moves any more
-        self._prefetcher: Prefetcher | None = None
-        self._fill()
-        is_worth_it = self.pool.frame_bytes >= MIN_BACKGROUND_BYTES
-        if target.has_background and is_worth_it and self.plan.distance:
-            self._prefetcher = Prefetcher(self._lock, self._fetch_ahead)
+        ranks = shard_ranks(self.map.n_shards, self.shards.high, self.shards.schedule, self.plan)
+        self.shard_cache: ShardCache | DeviceCache
+        if isinstance(target, CudaTarget):
+            self.shard_cache = DeviceCache(
+                target, self._store, self.plan, self.shards.schedule, self._is_cached, ranks,
+                host_memory,
+            )  # fmt: skip
+        else:
+            pool = FramePool(
+                target, self.plan.n_frames, self.map.n_pages, self.map.shard_shift,
+                model.page_crc32, ranks,
+            )  # fmt: skip
+            self.shard_cache = ShardCache(
+                pool, self.plan, self._store, self.shards.schedule, self._is_cached,
+                np.flatnonzero(ranks == RANK_PINNED).tolist(),
+            )  # fmt: skip
 
     @classmethod
     def open(
@@ -142,7 +131,8 @@ class Atlas:
         target
             "auto", "cpu", "cuda", or a `Target`.
         **options
-            `policy`, `prefetch_distance`, `reserved_bytes`, `order`, as for the constructor.
+            `policy`, `prefetch_distance`, `reserved_bytes`, `order`, `host_memory`, as for the
+            constructor.
         """
         size = parse_size(budget)
         where = select_target(target) if isinstance(target, str) else target
@@ -161,9 +151,7 @@ class Atlas:
 
     def close(self) -> None:
         """Stop prefetching and close the model."""
-        if self._prefetcher is not None:
-            self._prefetcher.stop()
-            self._prefetcher = None
+        self.shard_cache.close()
         self.model.close()
 
     # What a caller computes on
@@ -171,7 +159,17 @@ class Atlas:
     @property
     def cache(self) -> PageCache:
         """Frames and table, as operations take them."""
-        return self.pool.cache
+        return self.shard_cache.pages
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of a shard, and of a frame."""
+        return self.map.pages_per_shard * PAGE_BYTES
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counts so far; on a GPU they are fetched from the device, a copy each time."""
+        return self.shard_cache.stats
 
     @property
     def expected_reuse_ratio(self) -> float | None:
@@ -206,22 +204,10 @@ class Atlas:
         CorruptPageError
             If one of the pages fails its check twice; then no band is in use.
         """
-        first, last = band.first_shard, band.last_shard
-        if self._complete:
-            self.stats.reuse_hits += last - first + 1 - self._shared(first, last)
-            self._current = (first, last)
-            return
-        with self._demand, self._lock:
-            missing = self._begin_use(first, last)
-            self._ask_ahead(last)
-            try:
-                self._await(missing)
-            except BaseException:
-                self._end_use()
-                raise
-            while self._prefetcher is None and self._fetch_ahead():
-                pass
-            self._complete = self._is_complete()
+        n_shards = band.last_shard - band.first_shard + 1
+        if n_shards > self.plan.band:
+            raise GGUFShardError(f"{n_shards} shards in a band, {self.plan.band} are planned for")
+        self.shard_cache.acquire(band.first_shard, band.last_shard)
 
     def tensor(self, name: str, index: int = 0) -> Any:
         """A tensor, dequantised: float32 [n_rows, n_cols] on the target (`__cuda_array_interface__`
@@ -272,7 +258,7 @@ class Atlas:
         out = np.empty((len(wanted), w.n_cols), np.float32)
         for row, number in zip(out, wanted, strict=True):
             row[:] = self._store.read_row(w, number)
-            self.stats.pages_checked += len(w.pages_of_rows(number, number + 1))
+            self.shard_cache.count_checked(len(w.pages_of_rows(number, number + 1)))
         return out
 
     def atomic_swap(self, shard_ids: Sequence[int], stream: Any = None) -> None:
@@ -284,7 +270,7 @@ class Atlas:
             Shards of the model; those to bring in at most as many as there are frames that are
             neither pinned, nor in use (`acquire`), nor kept free.
         stream
-            Ignored where kernels run in launch order on one stream, which is everywhere so far.
+            Not needed: the shards are there when this returns, for every stream.
 
         Raises
         ------
@@ -297,174 +283,26 @@ class Atlas:
         for shard in wanted:
             if not 0 <= shard < self.map.n_shards or not self._is_cached[shard]:
                 raise GGUFShardError(f"shard {shard}: the model has no cached shard of this number")
-        with self._demand, self._lock:
-            self._swapping = True  # no reading ahead begins
-            try:
-                while self._loading:
-                    self._lock.wait()
-                self._load_all_or_nothing(wanted)
-            finally:
-                self._swapping = False
-                self._lock.notify_all()
+        self.shard_cache.swap(wanted)
 
-    # How shards come and go; all with the lock held
+    def scrub(self, n_pages: int) -> None:
+        """Check the next resident pages again, for memory that forgets.
 
-    def _begin_use(self, first: int, last: int) -> list[int]:
-        n_shards = last - first + 1
-        if n_shards > self.plan.band:
-            raise GGUFShardError(f"{n_shards} shards in a band, {self.plan.band} are planned for")
-        missing = self.pool.touch(first, last)
-        self.pool.hold(first, last, +1)
-        n_shared = self._shared(first, last)
-        self._end_use()
-        self._current = (first, last)
-        used = [s for s in self._ahead if first <= s <= last]
-        self._ahead.difference_update(used)
-        self.pool.hold_each(used, -1)
-        late = sum(s in self._loading for s in missing)
-        stats = self.stats
-        stats.late_prefetches += late
-        stats.prefetch_hits += len(used) + late
-        stats.demand_misses += len(missing) - late
-        stats.reuse_hits += n_shards - n_shared - len(missing) - len(used)
-        return missing
+        Parameters
+        ----------
+        n_pages
+            How many; every page comes up in turn.
 
-    def _end_use(self) -> None:
-        if self._current is not None:
-            self.pool.hold(*self._current, -1)
-        self._current = None
+        Raises
+        ------
+        CorruptPageError
+            If one does not hold any more; on a GPU with the next value that is fetched. Its shard
+            is given up, and brought in again when it is wanted next.
+        """
+        if n_pages:
+            self.shard_cache.scrub(n_pages)
 
     def _caches(self, w: PagedMatrix) -> bool:
         shift = self.map.shard_shift
         last_page = w.first_page + w.n_pages - 1
         return bool(self._is_cached[w.first_page >> shift : (last_page >> shift) + 1].all())
-
-    def _is_complete(self) -> bool:
-        """Whether everything is resident and no shard read ahead waits for its first use."""
-        if self.plan.n_frames < self._n_cached or self._ahead:
-            return False
-        return bool(self.pool.is_resident[self._is_cached].all())
-
-    def _is_current(self, shard: int) -> bool:
-        return self._current is not None and self._current[0] <= shard <= self._current[1]
-
-    def _shared(self, first: int, last: int) -> int:
-        """How many of these shards the step before used, too."""
-        if self._current is None:
-            return 0
-        return max(0, min(last, self._current[1]) - max(first, self._current[0]) + 1)
-
-    def _await(self, missing: list[int]) -> None:
-        """Bring in what is missing; what the prefetcher is at, or has failed at, included."""
-        started = time.perf_counter()
-        try:
-            while absent := [s for s in missing if not self.pool.is_resident[s]]:
-                demanded = [s for s in absent if s not in self._loading]
-                if demanded:
-                    self._load(self._lanes[0], demanded[: self.plan.reserve])
-                else:
-                    self._lock.wait()
-        finally:
-            self.stats.wait_seconds += time.perf_counter() - started
-
-    def _load(self, lane: Lane, shards: Sequence[int]) -> list[int]:
-        """Load up to `reserve` shards; those of the current band are held from the moment they are
-        there. Returns those given up for them."""
-        self._loading.update(shards)
-        try:
-            evicted = self._swapper.load(lane, shards)
-        finally:
-            self._loading.difference_update(shards)
-        self.pool.hold_each([s for s in shards if self._is_current(s)], +1)
-        return evicted
-
-    @property
-    def _kept_free(self) -> int:
-        """Frames that stay free whenever nothing is under way; none where everything fits."""
-        return self.plan.reserve if self.plan.n_frames < self._n_cached else 0
-
-    def _victims_wanted(self) -> int:
-        return max(0, self._kept_free - self.pool.n_free)
-
-    def _load_all_or_nothing(self, wanted: Sequence[int]) -> None:
-        missing = [s for s in wanted if not self.pool.is_resident[s]]
-        held = [s for s in wanted if self.pool.is_resident[s]]
-        done: list[tuple[list[int], list[int]]] = []
-        self.pool.hold_each(held, +1)
-        try:
-            self._require_room(len(missing))
-            for i in range(0, len(missing), self.plan.reserve):
-                part = list(missing[i : i + self.plan.reserve])
-                done.append((part, self._load(self._lanes[0], part)))
-                self.pool.hold_each(part, +1)
-                held += part
-            self.pool.touch_each(wanted)
-        except BaseException:
-            for part, evicted in reversed(done):
-                self.pool.hold_each(part, -1)
-                held = [s for s in held if s not in part]
-                self.pool.evict(part)
-                # What has gone bad in the meantime comes back no more; it is the next acquire's
-                # error, not this one's.
-                with suppress(GGUFShardError):
-                    self._load(self._lanes[0], evicted)
-            raise
-        finally:
-            self.pool.hold_each(held, -1)
-
-    def _require_room(self, n_missing: int) -> None:
-        def room() -> int:
-            return self.pool.n_free + self.pool.n_evictable() - self._kept_free
-
-        if n_missing > room():
-            self._forget_ahead(self._ahead)
-        if n_missing > room():
-            raise GGUFShardError(
-                f"{n_missing} shards to bring in at once: the pool has room for {room()}"
-            )
-
-    # Reading ahead
-
-    def _ask_ahead(self, shard: int) -> None:
-        window = self.schedule.after(shard, self.plan.distance)
-        if not window:
-            return
-        self._window = set(window)
-        self._forget_ahead(self._ahead - self._window)
-        self._wanted = [s for s in window if not self.pool.is_resident[s]]
-        self._lock.notify_all()
-
-    def _forget_ahead(self, stale: set[int]) -> None:
-        self.pool.hold_each(list(stale), -1)
-        self._ahead = self._ahead - stale
-
-    def _fetch_ahead(self) -> bool:
-        """Bring in the next shards of the window; whether there was anything to bring.
-
-        Stands back for a swap, and for a demand that waits for frames.
-        """
-        if self._swapping or self._swapper.n_waiting:
-            return False
-        batch = [
-            s for s in self._wanted if s not in self._loading and not self.pool.is_resident[s]
-        ][: self.plan.reserve]
-        self._wanted = [s for s in self._wanted if s not in batch]
-        if not batch:
-            return False
-        try:
-            self._load(self._lanes[1], batch)
-        except GGUFShardError:
-            return True  # whoever needs them reads them again: it is the error of that acquire
-        ahead = [s for s in batch if s in self._window and not self._is_current(s)]
-        self._ahead.update(ahead)
-        self.pool.hold_each(ahead, +1)
-        return True
-
-    def _fill(self) -> None:
-        """Bring in what stays: the high zone and the pinned shards."""
-        with self._lock:
-            step = self.plan.reserve
-            for i in range(0, len(self._pinned), step):
-                self._load(self._lanes[0], self._pinned[i : i + step])
-            self._complete = self._is_complete()
-        self.stats.bytes_filled = self.stats.bytes_moved

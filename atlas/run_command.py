@@ -88,7 +88,7 @@ def _facts(
         (decode, result.decode_seconds) if passes else (prompt_phase, result.prompt_seconds)
     )
     n_tokens = passes or len(prompt)
-    shard_bytes = atlas.pool.frame_bytes
+    shard_bytes = atlas.shard_bytes
     memory = memory_bandwidth(model.target, atlas.cache)
     link = link_bandwidth(atlas)
     limit = float("inf")
@@ -112,7 +112,7 @@ def _facts(
         "bytes_per_token": phase.bytes_moved / n_tokens,
         "bytes_filled": atlas.stats.bytes_filled,
         "link_gb_per_s": phase.bytes_moved / seconds / 1e9 if seconds else 0.0,
-        "link_bandwidth_gb_per_s": link / 1e9,
+        "link_bandwidth_gb_per_s": link / 1e9 if link is not None else None,
         "memory_bandwidth_gb_per_s": memory / 1e9 if memory is not None else None,
         # Null where nothing was decoded, or nothing known bounds it: JSON has no infinity.
         "limit_tokens_per_second": limit if np.isfinite(limit) else None,
@@ -133,8 +133,9 @@ def _summary(facts: dict[str, Any]) -> str:
             ("demand_misses", "demand misses"),
         )
     ]
-    memory = facts["memory_bandwidth_gb_per_s"]
+    memory, link = facts["memory_bandwidth_gb_per_s"], facts["link_bandwidth_gb_per_s"]
     memory_text = "memory not measured" if memory is None else f"memory {memory:.1f} GB/s"
+    link_text = "not measured" if link is None else f"{link:.2f}"
     limit_text = "limit unknown"
     if facts["limit_tokens_per_second"] is not None:
         limit_text = (
@@ -154,8 +155,7 @@ def _summary(facts: dict[str, Any]) -> str:
             f"{', '.join(shares)}{theory}, "
             f"{format_bytes(facts['bytes_per_token'])} moved per token, "
             f"{facts['pages_checked']} pages checked",
-            f"link {facts['link_gb_per_s']:.2f} of {facts['link_bandwidth_gb_per_s']:.2f} GB/s, "
-            f"{memory_text}: {limit_text}",
+            f"link {facts['link_gb_per_s']:.2f} of {link_text} GB/s, {memory_text}: {limit_text}",
         )
     )
 
@@ -180,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
         with LlamaModel(
             opened, target, args.budget, config=config, n_context=n_context, n_batch=args.batch,
             policy=args.policy, prefetch_distance=args.prefetch_distance,
+            host_memory=args.host_memory, scrub_pages=args.scrub,
         ) as model:  # fmt: skip
             quiet = args.json
             writer = _Writer(tokenizer.stream() if tokenizer else None, quiet)

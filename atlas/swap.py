@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -18,33 +17,25 @@ from atlas.errors import CorruptPageError
 from atlas.eviction import MAX_RESERVE
 from atlas.frame_pool import FramePool
 from atlas.host_store import FileStore
-from atlas.ops.gather import check_frames, gather_pages
 from atlas.stats import CacheStats
 from atlas.target import Target
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES
 
+N_LANES = 2  # loads under way at once: on demand, and ahead
+
 
 class Lane:
-    """Buffers of one thread that loads shards.
+    """Buffers of one thread that loads shards: shards are read straight into their frames, and
+    there is room for the faults of their pages."""
 
-    Where device memory is host memory, shards are read straight into their frames; elsewhere they
-    pass through a staging buffer on either side.
-    """
-
-    def __init__(self, target: Target, shard_bytes: int, in_place: bool) -> None:
+    def __init__(self, target: Target, shard_bytes: int) -> None:
         self.faults = target.empty(MAX_RESERVE * shard_bytes // PAGE_BYTES, np.uint32)
-        self.host_staging: np.ndarray | None = None
-        self.staging: Any = None
-        if not in_place:
-            self.host_staging = np.zeros(MAX_RESERVE * shard_bytes, np.uint8)
-            self.staging = target.empty(MAX_RESERVE * shard_bytes, np.uint8)
 
 
-def lane_bytes(shard_bytes: int, in_place: bool) -> int:
-    """Device memory of one lane."""
-    faults = MAX_RESERVE * shard_bytes // PAGE_BYTES * 4
-    return faults if in_place else faults + MAX_RESERVE * shard_bytes
+def lane_bytes(shard_bytes: int) -> int:
+    """Memory of one lane."""
+    return MAX_RESERVE * shard_bytes // PAGE_BYTES * 4
 
 
 class Swapper:
@@ -152,30 +143,19 @@ class Swapper:
     def _read_and_check(
         self, lane: Lane, shards: Sequence[int], frames: Sequence[int]
     ) -> tuple[int, np.ndarray]:
-        pool, size = self.pool, self.pool.frame_bytes
-        target, n_bytes = pool.target, 0
-        for i, (shard, frame) in enumerate(zip(shards, frames, strict=True)):
-            buffer = target.host_view(pool.frame(frame))
-            if buffer is None:
-                assert lane.host_staging is not None
-                buffer = lane.host_staging[i * size : (i + 1) * size]
-            n_bytes += self.store.read_shard(shard, buffer)
-        frame_ids = target.put(np.array(frames, np.int32))
-        shard_ids = target.put(np.array(shards, np.int32))
-        faults = lane.faults[: len(shards) << pool.cache.shard_shift]
-        place = (shard_ids, pool.cache.shard_shift, pool.n_pages, pool.page_crc32, faults)
-        if lane.host_staging is None:
-            check_frames(target, pool.cache.frames, frame_ids, *place)
-        else:
-            staging = lane.staging[: len(shards) * size]
-            target.write(staging, lane.host_staging[: len(shards) * size])
-            gather_pages(target, pool.cache.frames, frame_ids, staging, *place)
-        return n_bytes, target.get(faults)
+        pool = self.pool
+        n_bytes = sum(
+            self.store.read_shard(shard, pool.frame(frame))
+            for shard, frame in zip(shards, frames, strict=True)
+        )
+        faults = lane.faults[: len(shards) << pool.shard_shift]
+        pool.check(shards, frames, faults)
+        return n_bytes, faults
 
     def _corrupt(
         self, shards: Sequence[int], frames: Sequence[int], index: int
     ) -> CorruptPageError:
         i, slot = divmod(index, self.store.shard_pages)
-        frame = self.pool.target.get(self.pool.frame(frames[i]))
+        frame = self.pool.frame(frames[i])
         page = shards[i] * self.store.shard_pages + slot
         return self.store.corrupt_page(page, frame[slot * PAGE_BYTES : (slot + 1) * PAGE_BYTES])

@@ -8,9 +8,12 @@ A target allocates, copies and counts. Every array that stands for device memory
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,8 @@ from numba import config, cuda, get_num_threads, set_num_threads
 
 from forge.errors import GGUFShardError
 
+#: Device memory for the arguments of kernels.
+ARGUMENT_BYTES = (64 << 10) if config.ENABLE_CUDASIM else (1 << 20)
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
 # GNU OpenMP's threads spin for milliseconds at the end of every parallel loop. Where other work
@@ -44,6 +49,8 @@ class Target:
         Whether launchers run kernels (True) or loops.
     block
         Threads per block of the simple kernels.
+    stream
+        Where kernels and copies are queued, in order.
     has_background
         Whether a second thread may launch work while the first computes.
     allocated_bytes, peak_bytes
@@ -53,6 +60,7 @@ class Target:
     name = "target"
     is_cuda = False
     block = 1
+    stream: Any = 0
     has_background = True
 
     def __init__(self) -> None:
@@ -95,6 +103,22 @@ class Target:
     def synchronize(self) -> None:
         """Wait until everything launched has run."""
 
+    def address(self, array: Any) -> int:
+        """Where an array lies."""
+        raise NotImplementedError
+
+    def argument_block(self, words: tuple[int, ...]) -> int:
+        """Address of a block of device memory that holds these 64-bit words."""
+        raise TypeError(f"kernels run on a CUDA target, not on {self.name}")
+
+    def launch(self, entry: Any, blocks: int, threads: int, stream: Any, block: int) -> None:
+        """Queue a compiled kernel whose arguments are a block."""
+        raise TypeError(f"kernels run on a CUDA target, not on {self.name}")
+
+    def mapped(self, n: int, dtype: Any) -> MappedArray:
+        """An array of `n` elements in host memory that kernels read and write, too."""
+        raise TypeError(f"memory is mapped for a CUDA target, not for {self.name}")
+
     def _allocate(self, shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, Any]:
         """The array, and the object that lives as long as its memory."""
         raise NotImplementedError
@@ -134,6 +158,9 @@ class CpuTarget(Target):
     def host_view(self, array: Any) -> np.ndarray | None:
         return array
 
+    def address(self, array: Any) -> int:
+        return int(array.ctypes.data)
+
     def _allocate(self, shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, Any]:
         n_bytes = math.prod(shape if isinstance(shape, tuple) else (shape,)) * dtype.itemsize
         raw = np.empty(n_bytes + _ALIGNMENT, np.uint8)
@@ -142,29 +169,188 @@ class CpuTarget(Target):
 
 
 class CudaTarget(Target):
-    """Kernels on the current CUDA device, or in the simulator."""
+    """Kernels on the current CUDA device, or in the simulator.
+
+    Attributes
+    ----------
+    guards
+        Called whenever a result is about to leave the device, once all that was launched has run:
+        they raise if it must not.
+    n_launches
+        Kernels launched so far, one by one.
+    n_argument_generations
+        How often blocks of arguments have been written anew; graphs of an earlier generation are
+        void.
+    has_tensor_cores
+        Whether products of several tokens may run on tensor cores, with operands of 16 bits.
+    """
 
     name = "cuda-simulator" if config.ENABLE_CUDASIM else "cuda"
     is_cuda = True
+    has_clock = not config.ENABLE_CUDASIM  # whether the time that something takes means anything
     # The simulator swaps module globals while a kernel runs: one thread at a time.
     has_background = not config.ENABLE_CUDASIM
-    # Tiny in the simulator, where a thread is a thread of the host.
+    # Small in the simulator, where a thread is a thread of the host.
     block = 8 if config.ENABLE_CUDASIM else 128
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream = cuda.stream()
+        self.guards: list[Callable[[], None]] = []
+        self.has_tensor_cores = not config.ENABLE_CUDASIM and _capability() >= (8, 0)
+        self._arguments: Any = None
+        self._blocks: dict[tuple[int, ...], int] = {}
+        self._n_words = 0
+        self._is_frozen = False
+        self._recorded: list[Callable[[], None]] | None = None
+        self.n_argument_generations = 1
+        self.n_launches = 0
 
     def write(self, array: Any, host: np.ndarray) -> None:
         if host.size:  # the simulator compares the strides of empty arrays, which may differ
-            array.copy_to_device(np.ascontiguousarray(host))
+            array.copy_to_device(np.ascontiguousarray(host), stream=self.stream)
+            self.stream.synchronize()
 
     def get(self, array: Any) -> np.ndarray:
-        return array.copy_to_host()
+        host = array.copy_to_host(stream=self.stream)
+        self.stream.synchronize()
+        for check in self.guards:
+            check()
+        return host
 
     def synchronize(self) -> None:
         cuda.synchronize()
+
+    def address(self, array: Any) -> int:
+        if isinstance(array, MappedArray):
+            return array.address
+        if config.ENABLE_CUDASIM:
+            return int(array._ary.ctypes.data)
+        return int(array.__cuda_array_interface__["data"][0])
+
+    def new_stream(self) -> Any:
+        """A stream beside that of compute."""
+        return cuda.stream()
+
+    def event(self) -> Any:
+        """An event to put one stream behind another with; it takes no time."""
+        return cuda.event() if config.ENABLE_CUDASIM else cuda.event(timing=False)
+
+    def mapped(self, n: int, dtype: Any) -> MappedArray:
+        return MappedArray(n, np.dtype(dtype))
+
+    def argument_block(self, words: tuple[int, ...]) -> int:
+        # Written once, and kept until the room for blocks is full.
+        address = self._blocks.get(words)
+        if address is not None:
+            return address
+        if self._is_frozen:
+            raise RuntimeError("arguments that are not on the device yet")
+        if self._arguments is None:
+            self._arguments = self.empty(ARGUMENT_BYTES // 8, np.uint64)
+        if self._n_words + len(words) > self._arguments.size:
+            self.synchronize()  # kernels that are queued still want the old ones
+            self.n_argument_generations += 1
+            self._blocks.clear()
+            self._n_words = 0
+        place = self._arguments[self._n_words : self._n_words + len(words)]
+        self.write(place, np.array(words, np.uint64))
+        address = self._blocks[words] = self.address(place)
+        self._n_words += len(words)
+        return address
+
+    def launch(self, entry: Any, blocks: int, threads: int, stream: Any, block: int) -> None:
+        self.n_launches += 1
+        if self._recorded is not None:
+            self._recorded.append(lambda: entry[blocks, threads, stream](block))
+        else:
+            entry[blocks, threads, stream](block)
+
+    @contextmanager
+    def frozen_arguments(self) -> Iterator[None]:
+        """Let kernels be launched only with arguments that are on the device already."""
+        self._is_frozen = True
+        try:
+            yield
+        finally:
+            self._is_frozen = False
+
+    @contextmanager
+    def recorded_launches(self) -> Iterator[list[Callable[[], None]]]:
+        """Note launches down instead of queueing them: the simulator's way to capture a graph."""
+        recorded: list[Callable[[], None]] = []
+        self._recorded = recorded
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
 
     def _allocate(self, shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, Any]:
         array = cuda.device_array(shape, dtype)
         # Views share the allocation, and outlive the array they were made of.
         return array, getattr(array, "gpu_data", array)
+
+
+class MappedArray:
+    """Host memory that is pinned and mapped for the device; freed with the object.
+
+    Attributes
+    ----------
+    host
+        The array as the host sees it.
+    address
+        Where kernels find it.
+
+    Raises
+    ------
+    GGUFShardError
+        If so much memory cannot be pinned.
+    """
+
+    def __init__(self, n: int, dtype: np.dtype[Any]) -> None:
+        self.shape = (n,)
+        if config.ENABLE_CUDASIM:
+            self.host = np.empty(n, dtype)
+            self.address = int(self.host.ctypes.data)
+            return
+        n_bytes = max(n, 1) * dtype.itemsize
+        pointer, self.address = pinned_memory(n_bytes)
+        memory = (ctypes.c_uint8 * n_bytes).from_address(pointer)
+        self.host = np.frombuffer(memory, dtype, n)
+        weakref.finalize(self, _free_pinned, pointer)
+
+
+def pinned_memory(n_bytes: int) -> tuple[int, int]:
+    """Pinned host memory, mapped for every device: its address here and on the device.
+
+    Raises
+    ------
+    GGUFShardError
+        If so much memory cannot be pinned.
+    """
+    from cuda.bindings import driver
+
+    cuda.current_context()
+    flags = driver.CU_MEMHOSTALLOC_PORTABLE | driver.CU_MEMHOSTALLOC_DEVICEMAP
+    status, pointer = driver.cuMemHostAlloc(n_bytes, flags)
+    if int(status) != 0:
+        raise GGUFShardError(f"{n_bytes} bytes of host memory cannot be pinned: {status.name}")
+    status, device_pointer = driver.cuMemHostGetDevicePointer(pointer, 0)
+    if int(status) != 0:
+        _free_pinned(int(pointer))
+        raise GGUFShardError(f"pinned host memory is not seen by the device: {status.name}")
+    return int(pointer), int(device_pointer)
+
+
+def _free_pinned(pointer: int) -> None:
+    from cuda.bindings import driver
+
+    driver.cuMemFreeHost(pointer)
+
+
+def _capability() -> tuple[int, int]:
+    major, minor = cuda.get_current_device().compute_capability
+    return int(major), int(minor)
 
 
 def cuda_is_usable() -> bool:

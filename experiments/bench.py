@@ -82,6 +82,7 @@ def measure(
     repeats: int,
     warmup: int = 1,
     seed: int = 0,
+    environment: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure variants in turn.
 
@@ -97,6 +98,8 @@ def measure(
         Measurements of each that do not.
     seed
         Seed of the case's data, for the record.
+    environment
+        What `describe_environment` says, where it has been asked already.
 
     Returns
     -------
@@ -125,11 +128,11 @@ def measure(
             elif variant.limit is not None:
                 limits[variant.name] = [variant.limit]
     best = max if case.better == "higher" else min
-    environment = describe_environment() | {"seed": seed}
+    facts = {**(describe_environment() if environment is None else environment), "seed": seed}
     return [
         _row(
             case, variant, figures.get(variant.name, []),
-            best(limits.get(variant.name, []), default=None), environment,
+            best(limits.get(variant.name, []), default=None), facts,
         )
         for variant in variants
     ]  # fmt: skip

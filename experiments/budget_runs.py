@@ -35,7 +35,7 @@ class Machine:
     """Bandwidths in bytes a second; memory is None where it is not measured (on a GPU)."""
 
     memory: float | None
-    link: float
+    link: float | None
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,10 @@ def decode_within(
         machine = Machine(memory_bandwidth(target, atlas.cache), link_bandwidth(atlas))
         scan = ModelScan(
             atlas.shape,
-            weight_bytes_per_pass(atlas.map, len(atlas.schedule.order)),
+            weight_bytes_per_pass(atlas.map, len(atlas.shards.schedule)),
             atlas.map.atlas.prefetch_distance,
         )
-        pool_bytes = atlas.plan.n_frames * atlas.pool.frame_bytes
+        pool_bytes = atlas.plan.n_frames * atlas.shard_bytes
         return _summary(
             result,
             atlas.plan.policy,
@@ -209,7 +209,8 @@ def _summary(
 def best_machine(runs: Sequence[BudgetRun]) -> Machine:
     """The best bandwidths seen beside any of the runs: one limit for all of them."""
     memory = [run.machine.memory for run in runs if run.machine.memory is not None]
-    return Machine(max(memory, default=None), max(run.machine.link for run in runs))
+    link = [run.machine.link for run in runs if run.machine.link is not None]
+    return Machine(max(memory, default=None), max(link, default=None))
 
 
 def table_rows(runs: Sequence[BudgetRun], scan: ModelScan) -> list[dict[str, Any]]:

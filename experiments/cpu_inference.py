@@ -183,7 +183,7 @@ def _memory(model: LlamaModel) -> float:
 
 def _paged_bytes(model: LlamaModel) -> int:
     """What a token reads of pages."""
-    return weight_bytes_per_pass(model.atlas.map, len(model.atlas.schedule.order))
+    return weight_bytes_per_pass(model.atlas.map, len(model.atlas.shards.schedule))
 
 
 def _matrix_bytes(model: LlamaModel) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from atlas.limits import link_bandwidth
+from atlas.limits import file_bandwidth
 from atlas.manager import Atlas
 from experiments.bench import Case, Variant, measure
 from experiments.cases import OURS
@@ -177,8 +177,8 @@ def swap(session: Session) -> list[dict[str, Any]]:
 
 def _swap_variant(atlas: Atlas, n_shards: int) -> Variant:
     # Round and round: under LRU, half a model later, none of the shards is there any more.
-    upcoming = cycle(atlas.schedule.order)
-    shard_bytes = atlas.pool.frame_bytes
+    upcoming = cycle(atlas.shards.schedule)
+    shard_bytes = atlas.shard_bytes
 
     def measured() -> float:
         groups = [list(islice(upcoming, n_shards)) for _ in range(_SWAPS)]
@@ -196,9 +196,10 @@ def _swap_variant(atlas: Atlas, n_shards: int) -> Variant:
     def is_right() -> bool:
         group = list(islice(upcoming, n_shards))
         atlas.atomic_swap(group)
-        return bool(atlas.pool.is_resident[group].all())
+        table = atlas.target.get(atlas.cache.table)
+        return bool((table[group] >= 0).all())
 
     def limit() -> float:
-        return 1e3 * n_shards * shard_bytes / link_bandwidth(atlas)
+        return 1e3 * n_shards * shard_bytes / file_bandwidth(atlas)
 
     return Variant(OURS, measured, is_right, limit, "reading the file")

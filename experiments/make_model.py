@@ -173,7 +173,7 @@ def write_model(
     _check_destination(path, sum(plan.n_bytes for plan in plans), force)
     name = preset if isinstance(preset, str) else "custom"
     with _complete_or_absent(path) as temporary:
-        _write_header(temporary, f"random {name} {type}", shape, FILE_TYPES[matrix_type], plans)
+        write_header(temporary, f"random {name} {type}", shape, FILE_TYPES[matrix_type], plans)
         _append_tensors(temporary, plans, seed, progress)
     return path
 
@@ -283,10 +283,10 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _write_header(
+def write_header(
     path: Path, name: str, preset: Preset, file_type: LlamaFileType, plans: Sequence[TensorPlan]
 ) -> None:
-    """Everything before the tensor data: header, key-values, tensor infos."""
+    """Write everything before the tensor data: header, key-values, tensor infos."""
     writer = GGUFWriter(path, "llama")
     writer.add_name(name)
     writer.add_file_type(file_type)

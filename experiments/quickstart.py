@@ -109,7 +109,8 @@ def _report(runs: Sequence[BudgetRun], scan: ModelScan, image: Path) -> None:
     machine = best_machine(runs)
     print(format_table(table_rows(runs, scan)))
     memory = "not measured" if machine.memory is None else f"{machine.memory / 1e9:.1f} GB/s"
-    print(f"\nlimit: memory {memory}, link {machine.link / 1e9:.1f} GB/s, best of all runs")
+    link = "not measured" if machine.link is None else f"{machine.link / 1e9:.1f} GB/s"
+    print(f"\nlimit: memory {memory}, link {link}, best of all runs")
     theories = {policy: scan.theory(policy, machine) for policy in POLICIES}
     plot_budgets(runs, theories, image, f"{MODEL.stem}, {len(runs[0].tokens)} tokens, greedy")
     print(f"plot: {image}")

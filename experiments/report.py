@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from experiments.bench import RESULTS, machine_name
 from experiments.cases import GOALS, OURS, Goal
 from forge.command import run_command
@@ -109,13 +107,14 @@ def text_table(rows: Sequence[Row]) -> str:
 
 def provenance(rows: Sequence[Row]) -> str:
     """Machine, commits and dates of the rows, in a sentence."""
-    host = rows[0]["host"]
+    host, gpu = rows[0]["host"], rows[0]["gpu"]
+    machine = f"{host['cpu']}, {host['cores']} cores"
     commits = sorted({_commit(row) for row in rows})
     dates = sorted({row["date"] for row in rows})
     versions = rows[0]["versions"]
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
-        f"{host['cpu']}, {host['cores']} cores; Python {versions['python']}, "
+        f"{f'{gpu}, {machine}' if gpu else machine}; Python {versions['python']}, "
         f"NumPy {versions['numpy']}, Numba {versions['numba']}; "
         f"commit {', '.join(commits)}; {span}."
     )
@@ -126,7 +125,8 @@ def goal_lines(rows: Sequence[Row]) -> list[str]:
     lines = []
     for goal in GOALS:
         for row in rows:
-            if row["case"] == goal.case and row["validated"]:
+            has_type = goal.type in (None, row["params"].get("type"))
+            if row["case"] == goal.case and has_type and row["validated"]:
                 lines += _goal_line(goal, row, rows)
     return lines
 
@@ -134,7 +134,13 @@ def goal_lines(rows: Sequence[Row]) -> list[str]:
 def _goal_line(goal: Goal, row: Row, rows: Sequence[Row]) -> list[str]:
     label = f"{_label(row)}, {row['variant']}"
     value, unit = row["median"], row["unit"]
-    if goal.of_peer is not None:
+    if goal.of_limit is not None:
+        fraction = row["fraction_of_limit"]
+        if fraction is None:
+            return []
+        ok = fraction >= goal.of_limit
+        text = f"{100 * fraction:.0f} % of the limit, goal {100 * goal.of_limit:g} %"
+    elif goal.of_peer is not None:
         ratio = of_peer(row, rows)
         if ratio is None:
             return []
@@ -172,6 +178,8 @@ def plot_fractions(rows: Sequence[Row], path: Path) -> None:
     GGUFShardError
         If no row has a limit.
     """
+    from matplotlib.figure import Figure  # which the tables do without
+
     shown = [row for row in rows if row["fraction_of_limit"] is not None and row["n"] > 1]
     if not shown:
         raise GGUFShardError(f"{path}: no timed row has a limit to be drawn against")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,12 @@ from forge.restore import restore_model
 from forge.sgmap import CACHE_POLICIES
 from forge.sgmap_reader import load_map
 from forge.shard import ShardOptions, shard_model
+from forge.shard_scan import PageCheck, faulty_pages
 from forge.sizes import format_bytes
 from forge.verify import verify_model
+
+#: Targets of `verify` that need nothing but this package.
+PAGE_CHECKS: Mapping[str, Callable[[], PageCheck]] = {"cpu": lambda: faulty_pages}
 
 
 def _pages_per_shard(text: str) -> int | None:
@@ -82,7 +86,9 @@ def _restore(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    result = verify_model(args.map, args.against, progress=not args.quiet)
+    result = verify_model(
+        args.map, args.against, progress=not args.quiet, find_faulty=args.page_checks[args.target]()
+    )
     if args.json:
         print_json(result.as_dict())
     else:
@@ -102,8 +108,18 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_commands(commands: Any) -> None:
-    """Add `shard`, `restore`, `verify` and `info` to an argparse sub-parser collection."""
+def add_commands(
+    commands: Any, page_checks: Mapping[str, Callable[[], PageCheck]] = PAGE_CHECKS
+) -> None:
+    """Add `shard`, `restore`, `verify` and `info` to an argparse sub-parser collection.
+
+    Parameters
+    ----------
+    commands
+        The collection.
+    page_checks
+        For each target of `verify`, what makes its check of pages.
+    """
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
@@ -140,7 +156,9 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     p.add_argument("map", metavar="CORE.sgmap")
     p.add_argument("--against", metavar="MODEL.gguf", help="compare with the source's SHA-256 too")
-    p.set_defaults(run=_verify)
+    p.add_argument("--target", choices=tuple(page_checks), default="cpu",
+                   help="what computes the checksums of pages (default: cpu)")  # fmt: skip
+    p.set_defaults(run=_verify, page_checks=page_checks)
 
     p = commands.add_parser(
         "info", parents=[common], help="describe a GGUF file or a sharded model",

@@ -19,6 +19,9 @@ from forge.pipeline import in_order
 
 _BATCH_PAGES = 1024
 
+#: From pages, uint8 [n, 4096], and the table's entries, uint32 [n], to indices of what is faulty.
+PageCheck = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
 
 def faulty_pages(pages: np.ndarray, page_crc32: np.ndarray) -> np.ndarray:
     """Indices of pages whose content, tag, magic or table entry disagree.
@@ -54,6 +57,7 @@ def scan_shards(
     report: Callable[[int, str], None],
     advance: Callable[[int], None] = lambda n_bytes: None,
     threads: int = 2,
+    find_faulty: PageCheck = faulty_pages,
 ) -> list[str]:
     """Check every page of an open `core.gguf`.
 
@@ -69,6 +73,8 @@ def scan_shards(
         Called with the bytes done, for progress bars.
     threads
         Batches in flight at once.
+    find_faulty
+        Finds the pages that do not hold; called by several threads at once.
 
     Returns
     -------
@@ -84,7 +90,7 @@ def scan_shards(
         expected = page_crc32[first : first + n]
         faults = [
             (first + int(i), page_fault(pages[i], int(expected[i])) or "does not hold")
-            for i in faulty_pages(pages, expected)
+            for i in find_faulty(pages, expected)
         ]
         digests = [
             xxhash.xxh3_64_hexdigest(pages[i : i + pages_per_shard])

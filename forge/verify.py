@@ -12,7 +12,7 @@ from forge.errors import GGUFShardError
 from forge.gguf_file import part_paths
 from forge.progress import progress_bar
 from forge.sgmap import ShardMap
-from forge.shard_scan import scan_shards
+from forge.shard_scan import PageCheck, faulty_pages, scan_shards
 from forge.sharded_model import ShardedModel
 
 _HASH_CHUNK = 8 << 20
@@ -63,6 +63,7 @@ def verify_model(
     *,
     progress: bool = False,
     threads: int = 2,
+    find_faulty: PageCheck = faulty_pages,
 ) -> VerifyResult:
     """Check map, header, table, every page and every shard of a sharded model.
 
@@ -77,6 +78,8 @@ def verify_model(
         Show a progress bar on stderr.
     threads
         Batches of pages in flight at once.
+    find_faulty
+        What checks the pages (`forge.shard_scan`): the CPU, or what a GPU brings along.
 
     Returns
     -------
@@ -87,7 +90,7 @@ def verify_model(
     result = VerifyResult()
     try:
         with ShardedModel(map_path) as model:
-            _verify_pages(model, result, progress, threads)
+            _verify_pages(model, result, progress, threads, find_faulty)
             if against is not None:
                 _verify_source(model.map, Path(against), result)
     except GGUFShardError as error:
@@ -95,7 +98,13 @@ def verify_model(
     return result
 
 
-def _verify_pages(model: ShardedModel, result: VerifyResult, progress: bool, threads: int) -> None:
+def _verify_pages(
+    model: ShardedModel,
+    result: VerifyResult,
+    progress: bool,
+    threads: int,
+    find_faulty: PageCheck,
+) -> None:
     shard_map = model.map
     bad_shards = set()
 
@@ -109,8 +118,9 @@ def _verify_pages(model: ShardedModel, result: VerifyResult, progress: bool, thr
     core_size = model.core.path.stat().st_size
     with progress_bar(core_size, "verify", progress) as advance:
         digests = scan_shards(
-            model.core, shard_map.pages_per_shard, model.page_crc32, report, advance, threads
-        )
+            model.core, shard_map.pages_per_shard, model.page_crc32, report, advance, threads,
+            find_faulty,
+        )  # fmt: skip
     result.pages = shard_map.n_pages
     for shard, (found, expected) in enumerate(zip(digests, shard_map.shard_xxh3_64, strict=True)):
         if found != expected and shard not in bad_shards:

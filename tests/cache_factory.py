@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from atlas.device_cache import DeviceCache
 from atlas.frame_pool import FramePool
 from atlas.host_store import FileStore
 from atlas.manager import Atlas
 from atlas.model_shards import is_expert
+from atlas.ops.swap_state import FREE_HEAD, GATHERED, N_FREE, TICK
 from forge.core_file import page_offset
 from forge.shard import ShardOptions, shard_model
 from forge.sharded_model import ShardedModel
@@ -63,6 +65,14 @@ def flip_bit(map_path: Path, page: int, byte: int = 100) -> None:
     write_page(map_path, page, bytes(content))
 
 
+class UnpinnedArray:
+    """`MappedArray` without a device."""
+
+    def __init__(self, n: int, dtype: np.dtype[Any]) -> None:
+        self.host = np.empty(n, dtype)
+        self.address = int(self.host.ctypes.data)
+
+
 class FaultyStore(FileStore):
     """A store whose reads of some shards come back with a bit flipped.
 
@@ -87,18 +97,18 @@ class FaultyStore(FileStore):
 def install_faulty_store(atlas: Atlas) -> FaultyStore:
     """Let an open Atlas read its shards from a store that can fail."""
     store = FaultyStore(atlas.model)
-    atlas._swapper.store = store
+    atlas.shard_cache._swapper.store = store
     return store
 
 
-def resident(pool: FramePool) -> list[int]:
+def resident(atlas: Atlas) -> list[int]:
     """The shards that the table says are resident."""
-    return np.flatnonzero(pool.target.get(pool.cache.table) >= 0).tolist()
+    return np.flatnonzero(atlas.target.get(atlas.cache.table) >= 0).tolist()
 
 
 def assert_consistent(pool: FramePool, model: ShardedModel) -> None:
     """Table, frames, mirror and contents agree; to be called while nothing is under way."""
-    table = pool.target.get(pool.cache.table)
+    table = pool.target.get(pool.table)
     frame_shard = pool.target.get(pool.frame_shard)
     held = pool.target.get(pool.held)
     shards = np.flatnonzero(table >= 0)
@@ -118,29 +128,58 @@ def assert_consistent(pool: FramePool, model: ShardedModel) -> None:
 
 
 def assert_at_rest(atlas: Atlas) -> None:
-    """`assert_consistent` once nothing is under way; frames to be kept free are free, and held are
-    the shards in use and those read ahead."""
-    with atlas._lock:
-        while atlas._loading:
-            atlas._lock.wait(10)
-        assert_consistent(atlas.pool, atlas.model)
+    """Once nothing is under way: tables, mirrors and contents agree, frames to be kept free are
+    free, and held are the shards in use and those read ahead."""
+    if isinstance(atlas.shard_cache, DeviceCache):
+        _assert_device_at_rest(atlas, atlas.shard_cache)
+        return
+    with atlas.shard_cache._lock:
+        while atlas.shard_cache._loading:
+            atlas.shard_cache._lock.wait(10)
+        assert_consistent(atlas.shard_cache.pool, atlas.model)
         n_cached = atlas.shape.n_shards
         kept = atlas.plan.reserve if atlas.plan.n_frames < n_cached else 0
-        assert atlas.pool.n_free >= kept
-        held = {s for s in resident(atlas.pool) if _uses(atlas, s)}
-        in_use = set() if atlas._current is None else set(range(*_bounds(atlas)))
-        if not atlas._complete:
-            assert held == in_use | atlas._ahead
+        assert atlas.shard_cache.pool.n_free >= kept
+        held = {s for s in resident(atlas) if _uses(atlas, s)}
+        in_use = set() if atlas.shard_cache._current is None else set(range(*_bounds(atlas)))
+        if not atlas.shard_cache._complete:
+            assert held == in_use | atlas.shard_cache._ahead
+
+
+def _assert_device_at_rest(atlas: Atlas, cache: DeviceCache) -> None:
+    target, swap = atlas.target, cache.queue.state
+    target.synchronize()
+    cache.check()
+    table = target.get(atlas.cache.table)
+    np.testing.assert_array_equal(table, target.get(swap.planned))
+    frame_shard, state = target.get(swap.frame_shard), target.get(swap.state)
+    shards, frames = np.flatnonzero(table >= 0), np.flatnonzero(frame_shard >= 0)
+    assert dict(zip(shards, table[shards], strict=True)) == dict(
+        zip(frame_shard[frames], frames, strict=True)
+    )
+    assert state[TICK] == state[GATHERED] == cache.queue.tick
+    n_free = int(state[N_FREE])
+    assert n_free == len(frame_shard) - len(frames) and n_free >= cache._kept_free
+    ring = target.get(swap.free_frames)
+    free = [int(ring[(state[FREE_HEAD] + i) % len(ring)]) for i in range(n_free)]
+    assert sorted(free) == np.flatnonzero(frame_shard < 0).tolist()
+    content = target.get(atlas.cache.frames).reshape(len(frame_shard), -1)
+    per_shard = atlas.map.pages_per_shard
+    for shard in shards.tolist():
+        first = shard * per_shard
+        expected = atlas.model.read_checked(first, min(per_shard, atlas.map.n_pages - first))
+        found = content[table[shard]][: expected.size]
+        np.testing.assert_array_equal(found, expected.reshape(-1))
 
 
 def _uses(atlas: Atlas, shard: int) -> int:
-    frame = atlas.target.get(atlas.pool.cache.table)[shard]
-    return int(atlas.target.get(atlas.pool.held)[frame])
+    frame = atlas.target.get(atlas.shard_cache.pool.cache.table)[shard]
+    return int(atlas.target.get(atlas.shard_cache.pool.held)[frame])
 
 
 def _bounds(atlas: Atlas) -> tuple[int, int]:
-    assert atlas._current is not None
-    return atlas._current[0], atlas._current[1] + 1
+    assert atlas.shard_cache._current is not None
+    return atlas.shard_cache._current[0], atlas.shard_cache._current[1] + 1
 
 
 def walk(atlas: Atlas, n_passes: int = 1) -> None:

@@ -1,30 +1,31 @@
 """The compile gate: every kernel becomes machine code for every architecture, without a GPU.
 
-    python tests/compile_gate.py
+    python -m tests.compile_gate [--update]
 
 Each entry of each `KERNELS` dictionary in `atlas/ops/*.py` is compiled as numba-cuda does at a
 first launch: Numba to NVVM's LTO-IR, nvJitLink to a cubin. The registers, the local-memory frame,
 the shared memory and the size of the code are read from the cubin and printed. The gate is shut
-(exit code 1) if a kernel does not compile or has a local-memory frame: then registers spill or an
-array of a thread lies in memory, which costs more than anything a kernel here could gain by it.
-Exit code 3 means that nothing was checked, because numba-cuda is missing.
+(exit code 1)
 
-A cubin is an ELF64 file (System V ABI). Its section `.nv.info` is a list of attributes, of which
-`cuobjdump -elf` shows the names used below; `.text.K` and `.nv.shared.K` are code and shared memory
-of kernel K.
+- if a kernel does not compile, or has a local-memory frame: then registers spill or an array of a
+  thread lies in memory, which costs more than anything a kernel here could gain by it;
+- if a kernel takes more than its ceiling (`compile_ceilings`), or has none, or a ceiling has no
+  kernel. `--update` makes what was compiled the ceilings; review the difference.
+
+A kernel whose `min_capability` is above an architecture is not compiled for it. Exit code 3 means
+that nothing was checked, because numba-cuda is missing.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import importlib.util
 import multiprocessing
 import pkgutil
-import struct
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,48 +33,66 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from numba import types
 from numba.core import config
+
+from tests import compile_ceilings
+from tests.cubin import Resources, cubin_resources
 
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0))
 NUMBA_CUDA_SERIES = "0.30."  # whose internals `offline` knows
 
 NOTHING_CHECKED = 3
 
-_SYMBOL_BYTES = 24
-_INFO_FORMAT_SIZED = 4  # EIFMT_SVAL: the attribute's size in bytes follows, then its value
-_ATTRIBUTES = {0x2F: "registers", 0x11: "frame", 0x12: "stack"}
-# EIATTR_REGCOUNT, EIATTR_FRAME_SIZE, EIATTR_MIN_STACK_SIZE
+_PARTS = 2  # of an architecture's kernels: even work for two processes, where there are three
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What a function in a cubin takes: registers and, in bytes, memory and code.
+class Listed:
+    """A kernel of a `KERNELS` dictionary.
 
-    `frame` is the local memory of a thread: the function's own, or with all it calls if that is
-    more.
+    Attributes
+    ----------
+    name
+        "operation.kernel".
+    entry, signature
+        What is compiled, with the types of its arguments.
+    min_capability
+        The lowest compute capability it is for.
     """
 
-    registers: int
-    frame: int
-    shared: int
-    code: int
+    name: str
+    entry: Any
+    signature: tuple[Any, ...]
+    min_capability: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the gate's table: a kernel on an architecture."""
+    """One line of the gate's table: a kernel on an architecture.
+
+    `resources` is None where there is no code, either because of an `error` or because the kernel
+    `needs` another architecture.
+    """
 
     kernel: str
     architecture: str
-    resources: Resources | None
+    resources: Resources | None = None
     error: str = ""
+    needs: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.architecture}"
 
     @property
     def passed(self) -> bool:
-        return self.resources is not None and self.resources.frame == 0
+        return bool(self.needs) or (self.resources is not None and self.resources.frame == 0)
 
     def __str__(self) -> str:
-        start = f"{self.kernel:<44} {self.architecture}"
+        start = f"{self.kernel:<56} {self.architecture}"
+        if self.needs:
+            return f"{start}  not compiled: needs {self.needs}"
         if self.resources is None:
             return f"{start}  DOES NOT COMPILE: {self.error}"
         r = self.resources
@@ -81,7 +100,7 @@ class Verdict:
         return f"{start} {r.registers:>10} {r.frame:>6} {r.shared:>7} {r.code:>7}  {end}"
 
 
-HEADING = f"{'kernel':<44} arch   registers  frame  shared    code"
+HEADING = f"{'kernel':<56} arch   registers  frame  shared    code"
 
 
 def missing() -> str | None:
@@ -96,30 +115,40 @@ def missing() -> str | None:
     return None
 
 
-def kernels() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Name, kernel and signature of every entry of every `KERNELS` in `atlas.ops`."""
+def kernels() -> Iterator[Listed]:
+    """Every entry of every `KERNELS` in `atlas.ops`."""
     package = importlib.import_module("atlas.ops")
     for info in pkgutil.iter_modules(package.__path__, "atlas.ops."):
-        listed = getattr(importlib.import_module(info.name), "KERNELS", {})
-        for name, (kernel, signature) in listed.items():
-            yield f"{info.name.rpartition('.')[2]}.{name}", kernel, signature
+        for name, kernel in getattr(importlib.import_module(info.name), "KERNELS", {}).items():
+            yield listed(f"{info.name.rpartition('.')[2]}.{name}", kernel)
 
 
-def judge(
-    listed: Iterable[tuple[str, Any, tuple[Any, ...]]], capability: tuple[int, int]
-) -> list[Verdict]:
+def listed(name: str, kernel: Any) -> Listed:
+    """A `Kernel`, under a name: what is compiled takes the address of its arguments."""
+    return Listed(name, kernel.entry, (types.uint64,), kernel.min_capability)
+
+
+def judge(some_kernels: Iterable[Listed], capability: tuple[int, int]) -> list[Verdict]:
     """Compile kernels for a compute capability and say what became of each."""
-    architecture = f"sm_{capability[0]}{capability[1]}"
+    architecture = _architecture(capability)
     verdicts = []
-    for name, kernel, signature in listed:
+    for kernel in some_kernels:
+        if capability < kernel.min_capability:
+            needs = _architecture(kernel.min_capability)
+            verdicts.append(Verdict(kernel.name, architecture, needs=needs))
+            continue
         try:
-            resources = compile_offline(kernel, signature, capability)
+            resources = compile_offline(kernel.entry, kernel.signature, capability)
         except Exception as error:  # whatever the compiler raises is this kernel's verdict
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            verdicts.append(Verdict(name, architecture, None, reason))
+            verdicts.append(Verdict(kernel.name, architecture, error=reason))
         else:
-            verdicts.append(Verdict(name, architecture, resources))
+            verdicts.append(Verdict(kernel.name, architecture, resources))
     return verdicts
+
+
+def _architecture(capability: tuple[int, int]) -> str:
+    return f"sm_{capability[0]}{capability[1]}"
 
 
 def compile_offline(
@@ -158,111 +187,63 @@ def offline(capability: tuple[int, int]) -> Iterator[None]:
         yield
 
 
-def cubin_resources(cubin: bytes) -> dict[str, Resources]:
-    """The resources of every function in a cubin, by its symbol.
+def report(verdicts: Sequence[Verdict], ceilings_path: Path, *, update: bool = False) -> int:
+    """Print the table and what is wrong with it; 0 if nothing is, else 1.
 
-    Raises
-    ------
-    ValueError
-        If the bytes are no ELF64 file with the sections of a cubin.
+    With `update`, ceilings are written and not compared, unless a kernel failed.
     """
-    if cubin[:6] != b"\x7fELF\x02\x01":
-        raise ValueError("cubin: not a little-endian ELF64 file")
-    try:
-        sections = _sections(cubin)
-        attributes = _attributes(cubin, sections)
-    except (struct.error, KeyError, IndexError) as error:
-        raise ValueError(f"cubin: broken or cut short ({error!r})") from error
-    nothing = _Section(0, 0, 0)
-    return {
-        name: Resources(
-            registers=found["registers"],
-            frame=max(found.get("frame", 0), found.get("stack", 0)),
-            shared=sections.get(f".nv.shared.{name}", nothing).size,
-            code=sections[f".text.{name}"].size,
-        )
-        for name, found in attributes.items()
-        if f".text.{name}" in sections and "registers" in found
-    }
+    print(HEADING)
+    for verdict in verdicts:
+        print(verdict)
+    found = {verdict.name: verdict.resources for verdict in verdicts if not verdict.needs}
+    failed = sum(not verdict.passed for verdict in verdicts)
+    complaints: list[str] = []
+    if not update:
+        ceilings = compile_ceilings.read(ceilings_path)
+        complaints = ceilings.complaints(found)
+        for line in [*ceilings.notes(found), *complaints]:
+            print(line)
+    elif not failed:
+        sound = {name: resources for name, resources in found.items() if resources is not None}
+        compile_ceilings.write(ceilings_path, sound)
+        print(f"{ceilings_path.name}: {len(sound)} ceilings written")
+    print(
+        f"{len(found)} compiled, {len(verdicts) - len(found)} for newer architectures, "
+        f"{failed} failed, {len(complaints)} complaints about ceilings"
+    )
+    return 1 if failed or complaints or not found else 0
 
 
-@dataclass(frozen=True)
-class _Section:
-    offset: int
-    size: int
-    link: int  # of a symbol table: the index of the section with its names
+def _judge_part(part: tuple[tuple[int, int], int]) -> list[Verdict]:
+    capability, first = part
+    return judge(list(kernels())[first::_PARTS], capability)
 
 
-def _sections(cubin: bytes) -> dict[str, _Section]:
-    """The sections by name, in the order of their indices."""
-    (table,) = struct.unpack_from("<Q", cubin, 0x28)
-    entry_bytes, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
-    headers = [
-        struct.unpack_from("<IIQQQQII", cubin, table + i * entry_bytes) for i in range(count)
-    ]
-    names_offset = headers[names_index][4]
-    return {
-        _string(cubin, names_offset + name): _Section(offset, size, link)
-        for name, _, _, _, offset, size, link, _ in headers
-    }
+def judge_all() -> list[Verdict]:
+    """Verdicts on all kernels for all architectures, by name.
+
+    Every part has a process of its own: device functions are compiled once in a process, for the
+    architecture that first asked.
+    """
+    parts = [(capability, first) for capability in ARCHITECTURES for first in range(_PARTS)]
+    with multiprocessing.get_context("spawn").Pool(maxtasksperchild=1) as pool:
+        verdicts = [v for judged in pool.map(_judge_part, parts, chunksize=1) for v in judged]
+    return sorted(verdicts, key=lambda verdict: (verdict.kernel, verdict.architecture))
 
 
-def _attributes(cubin: bytes, sections: dict[str, _Section]) -> dict[str, dict[str, int]]:
-    """What `.nv.info` says of each symbol."""
-    symbols = _symbols(cubin, sections)
-    info = sections[".nv.info"]
-    found: dict[str, dict[str, int]] = {}
-    at, end = info.offset, info.offset + info.size
-    while at < end:
-        form, attribute, size = struct.unpack_from("<BBH", cubin, at)
-        at += 4
-        if form != _INFO_FORMAT_SIZED:
-            continue  # the value is in the two bytes where others have their size
-        if attribute in _ATTRIBUTES:
-            symbol, value = struct.unpack_from("<II", cubin, at)
-            found.setdefault(symbols[symbol], {})[_ATTRIBUTES[attribute]] = value
-        at += size
-    return found
-
-
-def _symbols(cubin: bytes, sections: dict[str, _Section]) -> list[str]:
-    table = sections[".symtab"]
-    names = list(sections.values())[table.link]
-    return [
-        _string(cubin, names.offset + struct.unpack_from("<I", cubin, at)[0])
-        for at in range(table.offset, table.offset + table.size, _SYMBOL_BYTES)
-    ]
-
-
-def _string(data: bytes, start: int) -> str:
-    end = data.find(b"\0", start)
-    if end < 0:
-        raise IndexError(start)
-    return data[start:end].decode()
-
-
-def _judge_all(capability: tuple[int, int]) -> list[Verdict]:
-    return judge(kernels(), capability)
-
-
-def main() -> int:
-    """Print the table; 0 if all is well, 1 if a kernel failed, 3 if nothing could be checked."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; 0 if all is well, 1 if something is not, 3 if nothing could be checked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.compile_gate", description="Compile every kernel without a GPU."
+    )
+    parser.add_argument("--update", action="store_true", help="write the ceilings anew")
+    args = parser.parse_args(argv)
     reason = missing()
     if reason is not None:
         print(f"compile gate: nothing checked: {reason}", file=sys.stderr)
         return NOTHING_CHECKED
-    # A process for each architecture: device functions are compiled once in a process, for the
-    # architecture that first asked.
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        verdicts = [v for judged in pool.map(_judge_all, ARCHITECTURES) for v in judged]
-    print(HEADING)
-    for verdict in verdicts:
-        print(verdict)
-    failed = sum(not verdict.passed for verdict in verdicts)
-    print(f"{len(verdicts)} compiled, {failed} failed")
-    return 1 if failed or not verdicts else 0
+    return report(judge_all(), compile_ceilings.PATH, update=args.update)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     sys.exit(main())

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from numba import config
 
 from atlas.target import CpuTarget, CudaTarget, Target, cuda_is_usable
+
+if config.ENABLE_CUDASIM:  # before test modules import kernels
+    from tests.warp_simulator import install
+
+    install()
 
 # Compiled code makes first calls slow, and a red test must be red for everyone: no deadline, and
 # the same examples on every machine.
@@ -18,20 +24,38 @@ settings.load_profile("ci")
 _PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
+_NEEDS_CUDA = "needs a CUDA device, or the simulator (python -m tests.warp_simulator -m pytest ...)"
+
+
+def _has_device() -> bool:
+    return cuda_is_usable() and CudaTarget.name == "cuda"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a device, what runs kernels is among what `-m gpu` selects."""
+    for item in items:
+        if _has_device() and item.get_closest_marker("cuda") is not None:
+            item.add_marker("gpu")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked `gpu` unless a real device is there; the simulator is none."""
-    is_device = cuda_is_usable() and CudaTarget.name == "cuda"
-    if item.get_closest_marker("gpu") is not None and not is_device:
+    """Skip tests marked `cuda` or `gpu` where they cannot run; the simulator is no `gpu`."""
+    if item.get_closest_marker("gpu") is not None and not _has_device():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("cuda") is not None and not cuda_is_usable():
+        pytest.skip(_NEEDS_CUDA)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def target(request: pytest.FixtureRequest) -> Target:
     """Every target in turn: loops on the CPU, kernels on a GPU or in the simulator."""
-    if request.param == "cpu":
-        return CpuTarget()
-    if not cuda_is_usable():
-        pytest.skip("needs a CUDA device or NUMBA_ENABLE_CUDASIM=1 NUMBA_DISABLE_JIT=1")
+    return CpuTarget() if request.param == "cpu" else CudaTarget()
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.cuda)])
+def cuda_target(request: pytest.FixtureRequest) -> CudaTarget:
+    """A GPU, or the simulator."""
     return CudaTarget()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -47,6 +48,38 @@ def page_faults(
     return faults
 
 
+def gather(
+    frames: np.ndarray,
+    table: Sequence[int],
+    host: np.ndarray,
+    swap: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    page_crc32: np.ndarray,
+) -> tuple[np.ndarray, list[int], list[tuple[int, int, int]]]:
+    """A swap of shards into frames: the frames and the table afterwards, and what did not hold.
+
+    `host` is uint8 [n_shards, pages_per_shard, 4096], `swap` lists incoming shards, their frames,
+    and outgoing shards. What did not hold is (page, fault as above, CRC32 found); if there is any,
+    the table stays.
+    """
+    incoming, places, outgoing = swap
+    frames, after, bad = frames.copy(), list(table), []
+    pages_per_shard = frames.shape[1]
+    for shard, frame in zip(incoming, places, strict=True):
+        n = min(pages_per_shard, len(page_crc32) - shard * pages_per_shard)
+        frames[frame, :n] = host[shard, :n]
+        faults = page_faults(frames, [frame], [shard], pages_per_shard, page_crc32)
+        for slot in range(n):
+            if faults[slot]:
+                crc = zlib.crc32(frames[frame, slot, :4088].tobytes())
+                bad.append((shard * pages_per_shard + slot, faults[slot], crc))
+    if not bad:
+        for shard in outgoing:
+            after[shard] = -1
+        for shard, frame in zip(incoming, places, strict=True):
+            after[shard] = frame
+    return frames, after, bad
+
+
 def victims(
     frame_shard: Sequence[int],
     ticks: Sequence[int],
@@ -83,12 +116,85 @@ class LruCache:
         return False
 
 
+# ---- planning a swap ----
+
+
+class SwapPlanner:
+    """What selects plan, one after the other: a dictionary of frames and a list of free ones."""
+
+    def __init__(self, n_frames: int, shard_rank: Sequence[int], address: Sequence[int]) -> None:
+        self.shard_rank = shard_rank
+        self.address = address
+        self.frame_of: dict[int, int] = {}
+        self.last_wanted = [0] * n_frames
+        self.free = list(range(n_frames))
+        self.tick = 0
+        self.hits, self.misses = [0, 0, 0], [0, 0, 0]
+        self.without_room: int | None = None
+        self.incoming: list[tuple[int, int, int]] = []
+        self.outgoing: list[int] = []
+
+    def select(
+        self, wanted: Sequence[int], lag: int, n_kept_free: int, newest_first: bool, kind: int
+    ) -> bool:
+        """Plan one swap, `incoming` as (shard, frame, address); whether anything was done."""
+        missing = [shard for shard in wanted if shard not in self.frame_of]
+        if self.without_room is None and len(missing) > len(self.free):
+            self.without_room = missing[len(self.free)]
+        if self.without_room is not None:
+            return False
+        self.hits[kind] += len(wanted) - len(missing)
+        self.misses[kind] += len(missing)
+        self.incoming = []
+        for shard in missing:
+            self.frame_of[shard] = self.free.pop(0)
+            self.incoming.append((shard, self.frame_of[shard], self.address[shard]))
+        for shard in wanted:
+            self.last_wanted[self.frame_of[shard]] = self.tick
+
+        candidates = []
+        for shard, frame in self.frame_of.items():
+            tick = self.last_wanted[frame]
+            if self.shard_rank[shard] < 255 and tick < self.tick - lag:
+                order = -tick if newest_first else tick
+                candidates.append((self.shard_rank[shard], order, frame, shard))
+        n_victims = max(n_kept_free - len(self.free), 0)
+        self.outgoing = [shard for _, _, _, shard in sorted(candidates)[:n_victims]]
+        for shard in self.outgoing:
+            self.free.append(self.frame_of.pop(shard))
+        self.tick += 1
+        return True
+
+    def replan(self, published: Sequence[int]) -> None:
+        """Go on from what is published: the frame of each shard, or -1."""
+        self.frame_of = {shard: frame for shard, frame in enumerate(published) if frame >= 0}
+        taken = set(self.frame_of.values())
+        self.free = [frame for frame in range(len(self.last_wanted)) if frame not in taken]
+        self.without_room = None
+
+
 # ---- compute: products, norms, positions, activations, attention; all in float64 ----
 
 
 def matvec(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     """[n_rows, n_cols] times [n_cols], row by row."""
     return np.array([np.sum(row.astype(np.float64) * x.astype(np.float64)) for row in weights])
+
+
+def tensor_core_bound(weights: np.ndarray, x: np.ndarray, is_bfloat: bool) -> np.ndarray:
+    """The most that `weights` [n_rows, n_cols] times `x` [n_cols] may be off on tensor cores.
+
+    Each weight and each value is rounded to float16, of which 2^-25 is half the smallest; x is
+    rounded after a scale that takes its largest above 2^14. Or it is rounded to bfloat16, and
+    bfloat16 weights are not. Sums lose two bits more than float32 has with each 16 products.
+    """
+    weights, x = np.abs(weights.astype(np.float64)), np.abs(x.astype(np.float64))
+    products = matvec(weights, x)
+    sums = weights.shape[1] / 16 * 2.0**-22 * products
+    if is_bfloat:
+        return 2.0**-8 * products + sums
+    subnormal = 2.0**-25 * np.sum(x) + 2.0**-25 / 2.0**14 * x.max() * np.sum(weights, axis=1)
+    return (2 * 2.0**-11 + 2.0**-22) * products + subnormal + sums
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
@@ -129,3 +235,34 @@ def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int
             weights = np.exp(scores - scores.max())
             out[t, head] = weights @ values[seen, head // group] / weights.sum()
     return out
+
+
+# ---- choosing tokens ----
+
+
+def draw(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, uniform: float
+) -> tuple[int, float]:
+    """Sort, cut, cut, walk: the token, and how near to another choice `uniform` was: the smallest
+    distance of a decisive sum from its bound, as a share of all weight."""
+    ranked = sorted((-float(v), i) for i, v in enumerate(logits))[: top_k or None]
+    best = -ranked[0][0]
+    weights = [(math.exp((-v - best) / temperature), i) for v, i in ranked]
+    total = sum(w for w, _ in weights)
+    kept: list[tuple[float, int]] = []
+    margin, reached = 1.0, 0.0
+    for weight, i in weights:
+        kept.append((weight, i))
+        reached += weight
+        margin = min(margin, abs(reached / total - top_p)) if top_p < 1 else margin
+        if reached >= top_p * total:
+            break
+    level = uniform * sum(w for w, _ in kept)
+    reached, token = 0.0, None
+    for weight, i in kept:
+        reached += weight
+        margin = min(margin, abs(reached - level) / total)
+        if token is None and reached > level:
+            token = i
+    assert token is not None
+    return token, margin

@@ -59,7 +59,12 @@ def random_blocks(layout: BlockLayout, n_blocks: int, rng: np.random.Generator) 
     return blocks
 
 
-def sample(target: Target, ggml_type: GGMLQuantizationType, memory_layout: str) -> Sample:
+def sample(
+    target: Target,
+    ggml_type: GGMLQuantizationType,
+    memory_layout: str,
+    blocks_per_row: int | None = None,
+) -> Sample:
     """A matrix over three pages, whose rows cross from one into the next.
 
     Frames are a shuffle of the shards, and bytes that hold no page are 0xFF.
@@ -67,7 +72,8 @@ def sample(target: Target, ggml_type: GGMLQuantizationType, memory_layout: str) 
     rng = np.random.default_rng(int(ggml_type))
     layout = block_layout(ggml_type, memory_layout)
     # Of plain elements: vectors in fours, single vectors and single elements.
-    blocks_per_row = 117 if layout.elements == 1 else 5 if layout.elements == 32 else 3
+    if blocks_per_row is None:
+        blocks_per_row = {1: 117, 32: 5, 256: 3}[layout.elements]
     n_rows = 5 * layout.per_page // (2 * blocks_per_row)
     n_cols = blocks_per_row * layout.elements
     blocks = random_blocks(layout, n_rows * blocks_per_row, rng)
@@ -80,8 +86,9 @@ def sample(target: Target, ggml_type: GGMLQuantizationType, memory_layout: str) 
     for i, content in enumerate(pages):
         shard, slot = divmod(FIRST_PAGE + i, 1 << SHARD_SHIFT)
         frames[table[shard], slot] = content
+    pool = target.put(frames.reshape(-1))
     return Sample(
-        PageCache(target.put(frames.reshape(-1)), target.put(table), SHARD_SHIFT),
+        PageCache(pool, target.put(table), SHARD_SHIFT, pool.view(np.uint32)),
         PagedMatrix("w", n_rows, n_cols, FIRST_PAGE, layout),
         quants.dequantize(blocks.reshape(-1), ggml_type).reshape(n_rows, n_cols),
     )

@@ -11,7 +11,8 @@ import pytest
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("forge", "delta", "atlas", "experiments")
 _MAX_FILE_LINES = 500
-_MAX_FUNCTION_LINES = 60  # without the docstring
+_MAX_FUNCTION_LINES = 60  # without the docstring, and without functions inside
+_MAX_KERNEL_LINES = 100  # its phases share registers and barriers, and cannot all be moved apart
 
 #: What each package may import of the project beside itself.
 _MAY_IMPORT = {
@@ -27,8 +28,12 @@ _LAYERS = (
     ("atlas.ops",),
     (
         "atlas.eviction", "atlas.host_store", "atlas.model_shards", "atlas.prefetch",
-        "atlas.frame_pool", "atlas.swap",
+        "atlas.frame_pool", "atlas.swap", "atlas.cuda_graph", "atlas.device_check",
     ),
+    ("atlas.shard_cache",),
+    ("atlas.host_tier",),
+    ("atlas.swap_queue",),
+    ("atlas.device_cache",),
     ("atlas.budget",),
     ("atlas.manager",),
     ("atlas.limits", "atlas.infer"),
@@ -118,10 +123,34 @@ def test_only_atlas_imports_cuda(path: Path) -> None:
     assert not imports_cuda(path)
 
 
-def test_in_atlas_only_target_and_operations_import_cuda() -> None:
+def test_in_atlas_only_target_graphs_and_operations_import_cuda() -> None:
     found = {module_name(path) for path in sources("atlas") if imports_cuda(path)}
-    assert "atlas.target" in found
-    assert all(name == "atlas.target" or is_within(name, "atlas.ops") for name in found)
+    assert {name for name in found if not is_within(name, "atlas.ops")} == {
+        "atlas.target",
+        "atlas.cuda_graph",
+    }
+
+
+def own_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function, without its docstring and the functions inside it."""
+
+    def length(inner: ast.stmt) -> int:
+        assert inner.end_lineno is not None
+        return inner.end_lineno - inner.lineno + 1
+
+    n_lines = length(node) - sum(
+        length(inner) for inner in node.body if isinstance(inner, ast.FunctionDef)
+    )
+    return n_lines - (length(node.body[0]) if ast.get_docstring(node) is not None else 0)
+
+
+def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(
+        isinstance(decorator, ast.Call)
+        and isinstance(decorator.func, ast.Name)
+        and decorator.func.id == "kernel"
+        for decorator in node.decorator_list
+    )
 
 
 @pytest.mark.parametrize("path", ALL, ids=module_name)
@@ -130,13 +159,8 @@ def test_files_and_functions_are_short(path: Path) -> None:
     assert text.count("\n") <= _MAX_FILE_LINES
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            n_lines = node.end_lineno - node.lineno + 1
-            if ast.get_docstring(node) is not None:
-                docstring = node.body[0]
-                assert docstring.end_lineno is not None
-                n_lines -= docstring.end_lineno - docstring.lineno + 1
-            assert n_lines <= _MAX_FUNCTION_LINES, f"{path.name}:{node.lineno}: {node.name}"
+            longest = _MAX_KERNEL_LINES if is_kernel(node) else _MAX_FUNCTION_LINES
+            assert own_lines(node) <= longest, f"{path.name}:{node.lineno}: {node.name}"
 
 
 @pytest.mark.parametrize(

@@ -88,14 +88,13 @@ def generate(
         If the prompt does not fit the context.
     """
     result = Generation()
-    stats = model.atlas.stats
-    before = stats.copy()
+    before = model.atlas.stats.copy()
     started = time.perf_counter()
     logits = model.forward(prompt)
     result.prompt_logits = model.target.get(logits)
     result.prompt_seconds = time.perf_counter() - started
-    result.prompt_stats = stats.since(before)
-    before = stats.copy()
+    after_prompt = model.atlas.stats.copy()
+    result.prompt_stats = after_prompt.since(before)
     for _ in range(n_tokens):
         token = sampler.choose(model.target, logits)
         if not result.tokens:
@@ -110,5 +109,5 @@ def generate(
         result.n_decode_passes += 1
     if result.tokens:
         result.decode_seconds = time.perf_counter() - decoding
-    result.decode_stats = stats.since(before)
+    result.decode_stats = model.atlas.stats.since(after_prompt)
     return result

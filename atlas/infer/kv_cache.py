@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from atlas.infer.config import LlamaConfig
-from atlas.ops.attention import store_kv
 from atlas.target import Target
 
 
 class KVCache:
-    """Room for `n_context` positions in every layer, float32 on the target.
+    """Room for `n_context` positions in every layer, on the target.
 
     Parameters
     ----------
@@ -20,19 +17,18 @@ class KVCache:
         Where, and the shapes.
     n_context
         Positions there is room for.
+
+    Attributes
+    ----------
+    keys, values
+        For every layer float32 [n_context, n_head_kv, head_dim].
     """
 
     def __init__(self, target: Target, config: LlamaConfig, n_context: int) -> None:
-        self.target = target
         self.n_context = n_context
         shape = (n_context, config.n_head_kv, config.head_dim)
         self.keys = [target.empty(shape, np.float32) for _ in range(config.n_layer)]
         self.values = [target.empty(shape, np.float32) for _ in range(config.n_layer)]
-
-    def store(self, layer: int, keys: Any, values: Any, position: int) -> None:
-        """Enter keys and values, float32 [n_tokens, n_head_kv, head_dim], from `position` on."""
-        store_kv(self.target, self.keys[layer], keys, position)
-        store_kv(self.target, self.values[layer], values, position)
 
 
 def kv_cache_bytes(config: LlamaConfig, n_context: int) -> int:

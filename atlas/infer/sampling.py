@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas.ops.elementwise import argmax
+from atlas.ops.sample import Choice, choose_token
 from atlas.target import Target
 from forge.errors import GGUFShardError
 
@@ -24,7 +24,7 @@ class Sampler:
         Only the most probable tokens that together reach this probability (A. Holtzman et al.,
         "The Curious Case of Neural Text Degeneration", 2020); 1 for all.
     seed
-        Seed of the generator; None for one from the system.
+        Seed of the generator, of which each draw takes one number; None for one from the system.
 
     Raises
     ------
@@ -51,34 +51,31 @@ class Sampler:
         self.top_k = top_k
         self.top_p = top_p
         self._random = np.random.default_rng(seed)
+        self._choice: Choice | None = None
 
     def choose(self, target: Target, logits: Any) -> int:
         """The next token from float32 [n_vocab] on the target.
+
+        It takes one small copy from a device; all logits are copied where `top_k` is 0 or more
+        than `atlas.ops.top_k.MAX_TOP_K` and the temperature is not 0.
 
         Raises
         ------
         GGUFShardError
             If the logits are not numbers: the weights are none, or too large.
         """
-        if self.temperature > 0:
-            return self._draw(target.get(logits).astype(np.float64))
-        token = argmax(target, logits)
-        _check_finite(target.get(logits[token : token + 1]))
+        uniform = self._random.random() if self.temperature > 0 else 0.0
+        token, is_finite = choose_token(
+            target, logits, self.temperature, self.top_k, self.top_p, uniform,
+            self._room(target, logits.shape[0]),
+        )  # fmt: skip
+        if not is_finite:
+            raise GGUFShardError("logits are not finite: the model's weights are no numbers")
         return token
 
-    def _draw(self, logits: np.ndarray) -> int:
-        _check_finite(logits)
-        tokens = np.argsort(-logits, kind="stable")[: self.top_k or None]
-        # The highest logit goes first: however small the temperature, it divides 0.
-        with np.errstate(over="ignore"):
-            shares = np.exp((logits[tokens] - logits[tokens[0]]) / self.temperature)
-        shares /= shares.sum()
-        # The smallest set that reaches top_p, and never an empty one.
-        n_kept = int(np.searchsorted(np.cumsum(shares), self.top_p)) + 1
-        shares = shares[:n_kept] / shares[:n_kept].sum()
-        return int(tokens[self._random.choice(len(shares), p=shares)])
-
-
-def _check_finite(logits: np.ndarray) -> None:
-    if not np.isfinite(logits).all():
-        raise GGUFShardError("logits are not finite: the model's weights are no numbers")
+    def _room(self, target: Target, n_vocab: int) -> Choice:
+        """The room to choose in; made at the first choice."""
+        room = self._choice
+        if room is None or room.target is not target or room.n_vocab != n_vocab:
+            room = self._choice = Choice(target, n_vocab)
+        return room

@@ -34,10 +34,13 @@ def field_places(layout: BlockLayout) -> tuple[int, ...]:
 
 @cached_njit()
 def page_offset(table, shard_shift, page):
-    """Byte offset in the pool's frames of a resident page."""
+    """Byte offset of a page in the pool's frames."""
     shift = np.int64(shard_shift)
     in_shard = np.int64(page) & ((np.int64(1) << shift) - np.int64(1))
-    return ((np.int64(table[page >> shift]) << shift) | in_shard) * np.int64(PAGE_BYTES)
+    # A shard that a failed swap did not bring has -1 for a frame. What is computed with it is never
+    # looked at, but reading it must not fault.
+    frame = max(np.int64(table[page >> shift]), np.int64(0))
+    return ((frame << shift) | in_shard) * np.int64(PAGE_BYTES)
 
 
 @cached_njit()

@@ -33,6 +33,18 @@ def check_range(name: str, begin: int, end: int, length: int) -> None:
         raise ValueError(f"{name}: rows {begin}..{end} are not within 0..{length}")
 
 
+def check_positions(target: Target, position: Any, n_tokens: int, n_context: int) -> None:
+    """Raise unless `position` is an int32 [1]; on the CPU also unless `n_tokens` from there on are
+    within the context. (What lies on a device is not known here.)"""
+    check_array("position", position, np.int32, (1,))
+    if not target.is_cuda:
+        first = int(position[0])
+        if first < 0 or first + n_tokens > n_context:
+            raise ValueError(
+                f"positions {first}..{first + n_tokens} are not within a context of {n_context}"
+            )
+
+
 def grid_size(target: Target, n_items: int) -> int:
     """Blocks of a grid-stride kernel over `n_items` threads."""
     return max(1, min(-(-n_items // target.block), MAX_BLOCKS))

@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from numba import config, cuda, literally, prange, types
 
 from atlas.ops.block_values import (
@@ -20,15 +21,17 @@ from atlas.ops.block_values import (
 )
 from atlas.ops.block_vectors import decode_run
 from atlas.ops.checks import check_array, check_range, grid_size
+from atlas.ops.kernel import Kernel, kernel
 from atlas.ops.paged import PageCache, PagedMatrix
 from atlas.target import Target
 from forge.jit import cached_njit
 
 
-def _kernel(matrix_value: Any) -> Any:
+def _kernel(kind: GGMLQuantizationType) -> Kernel:
     """`dequantise_kernel` of one type: a thread per element, grid-stride."""
+    matrix_value = MATRIX_VALUES[kind]
 
-    @cuda.jit
+    @kernel(types.float32[:, ::1], types.int64, *matrix_signature(kind))
     def dequantise_kernel(
         out, begin, frames, table, shard_shift, first_page, per_page, elements, places
     ):
@@ -42,7 +45,7 @@ def _kernel(matrix_value: Any) -> Any:
     return dequantise_kernel
 
 
-_KERNELS = {kind: _kernel(body) for kind, body in MATRIX_VALUES.items()}
+_KERNELS = {kind: _kernel(kind) for kind in MATRIX_VALUES}
 
 
 @cached_njit()
@@ -116,18 +119,12 @@ def dequantise(
     if begin == end:
         return
     if target.is_cuda:
-        kernel = _KERNELS[w.ggml_type]
-        kernel[grid_size(target, out.size), target.block](out, begin, *matrix)
+        blocks = grid_size(target, out.size)
+        _KERNELS[w.ggml_type].launch(target, blocks, target.block, out, begin, *matrix)
     elif config.DISABLE_JIT:
         _dequantise_interpreted(out, begin, w, matrix)
     else:
         _loop(int(w.ggml_type))(out, begin, *matrix)
 
 
-KERNELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    f"dequantise_kernel_{kind.name.lower()}": (
-        kernel,
-        (types.float32[:, ::1], types.int64, *matrix_signature(kind)),
-    )
-    for kind, kernel in _KERNELS.items()
-}
+KERNELS = {f"dequantise_kernel_{kind.name.lower()}": k for kind, k in _KERNELS.items()}

@@ -1,17 +1,21 @@
 """The data pass of a swap: bring shards into frames, check every page, publish them.
 
-`check_frames` checks pages where they lie in the frames; `gather_pages` first copies them there
-from a staging buffer. Neither touches the table: what has failed its check never becomes visible.
-`publish` then releases the victims' frames and enters the new shards.
-
     page of slot i of shard s = s << shard_shift | i, checked if below n_pages
     its place in `frames`     = (frame << shard_shift | i) * 4096 bytes
     its place in `faults`     = index of s in shard_ids << shard_shift | i
 
-A page holds if the CRC32 of its content equals both the tag behind the content and the table that
-stands outside the page, and its magic is right: a page that is valid but stale or in the wrong
-place differs from the table only. The layout of a page is that of `forge.pages`. On a GPU a block
-takes a page, copies it and reads it back as `atlas.ops.crc32` derives.
+What has failed its check (`atlas.ops.page_faults`) never becomes visible in a table.
+
+`check_frames` checks pages where they lie in the frames, on every target. Where the host manages
+the pool it reads shards into frames, checks them, and `publish` then releases the victims' frames
+and enters the new shards.
+
+`gather` is the same in one kernel, for a record of `atlas.ops.swap_state`, with no help from the
+host. A warp takes a page: it reads the page from host memory, eight 16-byte loads for each lane,
+stores it to its frame and computes the CRC32 of what it has in registers (`atlas.ops.warp_page`). A
+page that does not hold is read once more, past all caches: the bit may have flipped on the way. If
+it still does not, the first warp to find one writes the fault down. Bad bytes in a frame that
+nobody sees do no harm. The block that finishes last publishes the record if there is no fault.
 """
 
 from __future__ import annotations
@@ -22,101 +26,189 @@ import numpy as np
 from numba import cuda, types
 
 from atlas.ops.checks import check_array
-from atlas.ops.crc32 import (
-    MAX_BLOCK,
-    MAX_GRID,
+from atlas.ops.crc32_tables import TABLE_WORDS, device_tables
+from atlas.ops.kernel import kernel
+from atlas.ops.page_faults import check_page, fault_bits, page_at
+from atlas.ops.paged import PageCache
+from atlas.ops.ptx import FULL_WARP
+from atlas.ops.swap_state import (
+    BLOCKS_DONE,
+    FAULT_BITS,
+    FAULT_CRC,
+    FAULT_KIND,
+    FAULT_NUMBER,
+    FAULT_PAGE,
+    GATHERED,
+    MAX_INCOMING,
+    N_COUNTS,
+    N_IN,
+    N_OUT,
+    N_RECORDS,
+    PAGES_IN,
+    SwapState,
+)
+from atlas.ops.warp_page import (
+    LAST_LANE,
+    PAGE_THREADS,
     PAGE_WORDS,
-    block_crc32,
-    content_crc32,
-    crc32_tables,
+    fetch_page,
+    fetch_page_anew,
+    first_warp,
+    load_page,
+    page_blocks,
+    share_tables,
+    store_page,
+    warp_crc32,
+    warps_of_grid,
 )
 from atlas.target import Target
 from forge.jit import cached_njit
-from forge.pages import CRC_OFFSET, MAGIC_OFFSET, MAGIC_WORD, PAGE_BYTES
+from forge.pages import PAGE_BYTES
 
-#: Bits of an entry of `faults`; 0 is a page that holds.
-TAG_FAULT = np.uint32(1)  # the content's CRC32 is not the page's tag
-MAGIC_FAULT = np.uint32(2)  # the magic is wrong
-TABLE_FAULT = np.uint32(4)  # the content's CRC32 is not the table's entry
-
-CRC_WORD = CRC_OFFSET // 4
-MAGIC_INDEX = MAGIC_OFFSET // 4
+_U32, _I32 = types.uint32[::1], types.int32[::1]
 
 
-@cached_njit()
-def page_at(number, slot, shard_shift):
-    """The page in a slot: of the model for the number of a shard, of `frames` for a frame's."""
-    return (np.int64(number) << shard_shift) + slot
-
-
-@cached_njit()
-def fault_bits(crc, tag, magic, expected):
-    """What is wrong with a page whose content has CRC32 `crc`: an entry of `faults`."""
-    bits = np.uint32(0)
-    if crc != tag:
-        bits |= TAG_FAULT
-    if magic != MAGIC_WORD:
-        bits |= MAGIC_FAULT
-    if crc != expected:
-        bits |= TABLE_FAULT
-    return bits
+@kernel(_U32, _I32, _I32, types.int64, types.int64, _U32, _U32, _U32, launch_bounds=(512, 2))
+def check_frames_kernel(
+    words, frame_ids, shard_ids, shard_shift, n_pages, page_crc32, tables, faults
+):
+    shared = cuda.shared.array(TABLE_WORDS, np.uint32, 16)
+    share_tables(shared, tables)
+    lane = np.uint32(np.uint32(cuda.threadIdx.x) & np.uint32(31))
+    i = first_warp()
+    while i < np.uint32(faults.size):
+        index = np.uint32(i >> np.uint32(shard_shift))
+        slot = np.uint32(i - np.uint32(index << np.uint32(shard_shift)))
+        page = page_at(shard_ids[index], slot, shard_shift)
+        bits = np.uint32(0)
+        if page < n_pages:
+            start = page_at(frame_ids[index], slot, shard_shift) * PAGE_WORDS
+            loaded = load_page(words, np.uint64(start), lane)
+            crc = warp_crc32(shared, lane, loaded)
+            bits = fault_bits(crc, loaded[7][2], loaded[7][3], page_crc32[np.uint32(page)])
+        if lane == LAST_LANE:  # which has loaded tag and magic
+            faults[i] = bits
+        i = np.uint32(i + warps_of_grid())
 
 
 @cuda.jit(device=True)
-def block_check(frames, start, page, page_crc32, step, place, shares):
-    """The fault bits of the page at word `start`, by all threads, known to thread 0."""
-    crc = block_crc32(frames, start, step, place, shares)
-    return fault_bits(crc, frames[start + CRC_WORD], frames[start + MAGIC_INDEX], page_crc32[page])
+def write_fault(fault, failed, page, bits, crc, kind):
+    """Write a fault down unless there is one; its kind last, as the host looks at that."""
+    if cuda.atomic.cas(failed, 0, np.int32(0), np.int32(1)) == 0:
+        fault[FAULT_NUMBER] = np.uint32(page)
+        fault[FAULT_BITS] = bits
+        fault[FAULT_CRC] = crc
+        cuda.threadfence_system()
+        fault[FAULT_KIND] = np.uint32(kind)
 
 
-@cuda.jit
-def check_frames_kernel(
-    frames, frame_ids, shard_ids, shard_shift, n_pages, page_crc32, step, place, faults
-):
-    shares = cuda.shared.array(MAX_BLOCK, np.uint32)
-    slots = np.int64(1) << shard_shift
-    for i in range(cuda.blockIdx.x, faults.size, cuda.gridDim.x):
-        slot = i & (slots - 1)
-        page = page_at(shard_ids[i >> shard_shift], slot, shard_shift)
+@cuda.jit(device=True)
+def bring_page(shared, lane, source, words, start, page, expected, fault, failed):
+    """Bring a page from address `source` to word `start`, and see that it holds; by a warp."""
+    attempt = 0
+    while attempt < 2:
+        loaded = fetch_page(source, lane) if attempt == 0 else fetch_page_anew(source, lane)
+        store_page(words, start, lane, loaded)
+        crc = warp_crc32(shared, lane, loaded)
         bits = np.uint32(0)
-        if page < n_pages:
-            start = page_at(frame_ids[i >> shard_shift], slot, shard_shift) * PAGE_WORDS
-            bits = block_check(frames, start, page, page_crc32, step, place, shares)
-        if cuda.threadIdx.x == 0:
-            faults[i] = bits
-        cuda.syncthreads()
+        if lane == LAST_LANE:  # which has loaded tag and magic
+            bits = fault_bits(crc, loaded[7][2], loaded[7][3], expected)
+        if not cuda.any_sync(FULL_WARP, bits != 0):
+            return
+        if attempt == 1 and lane == LAST_LANE:
+            write_fault(fault, failed, page, bits, crc, FAULT_PAGE)
+        attempt += 1
 
 
-@cuda.jit
-def gather_pages_kernel(
-    frames, frame_ids, staging, shard_ids, shard_shift, n_pages, page_crc32, step, place, faults
-):
-    shares = cuda.shared.array(MAX_BLOCK, np.uint32)
-    slots = np.int64(1) << shard_shift
-    for i in range(cuda.blockIdx.x, faults.size, cuda.gridDim.x):
-        slot = i & (slots - 1)
-        page = page_at(shard_ids[i >> shard_shift], slot, shard_shift)
-        bits = np.uint32(0)
-        if page < n_pages:
-            start = page_at(frame_ids[i >> shard_shift], slot, shard_shift) * PAGE_WORDS
-            source = np.int64(i) * PAGE_WORDS
-            for w in range(cuda.threadIdx.x, PAGE_WORDS, cuda.blockDim.x):
-                frames[start + w] = staging[source + w]
-            cuda.syncthreads()
-            bits = block_check(frames, start, page, page_crc32, step, place, shares)
-        if cuda.threadIdx.x == 0:
-            faults[i] = bits
-        cuda.syncthreads()
+@cuda.jit(device=True)
+def is_last_to_hold(failed, counts, at):
+    """Whether (1 or 0) this block is the last of the grid, and no block has found a fault; by one
+    thread, behind a barrier. `counts[at]` counts blocks, and is 0 again in the end."""
+    cuda.threadfence()  # what this block has stored, before it counts as done
+    if cuda.atomic.add(counts, at, 1) != cuda.gridDim.x - 1:
+        return np.int32(0)
+    counts[at] = 0
+    cuda.threadfence()  # and what the others have, before `failed` is looked at
+    return np.int32(cuda.atomic.cas(failed, 0, np.int32(0), np.int32(0)) == 0)
 
 
-@cuda.jit
-def publish_kernel(table, frame_shard, ticks, victims, frame_ids, shard_ids, tick):
-    """One block: the barrier keeps releases before entries."""
-    for i in range(cuda.threadIdx.x, victims.size, cuda.blockDim.x):
-        release(table, frame_shard, victims[i])
+@cuda.jit(device=True)
+def publish_record(table, state, incoming, frames, outgoing, first, n_in, n_out, shift, n_pages):
+    """Make the entries of a record from `first` on true; by a block. A shard may go and come."""
+    i, stride = np.uint32(cuda.threadIdx.x), np.uint32(cuda.blockDim.x)
+    while i < n_out:
+        table[np.uint32(outgoing[np.uint32(first + i)])] = -1
+        i = np.uint32(i + stride)
     cuda.syncthreads()
-    for i in range(cuda.threadIdx.x, frame_ids.size, cuda.blockDim.x):
-        enter(table, frame_shard, ticks, frame_ids[i], shard_ids[i], tick)
+    i = np.uint32(cuda.threadIdx.x)
+    while i < n_in:
+        entry = np.uint32(first + i)
+        shard = incoming[entry]
+        table[np.uint32(shard)] = frames[entry]
+        left = n_pages - page_at(shard, 0, shift)
+        cuda.atomic.add(state, PAGES_IN, min(np.int64(1) << shift, left))
+        i = np.uint32(i + stride)
+    if cuda.threadIdx.x == 0:
+        state[GATHERED] += 1
+
+
+@kernel(
+    _U32, _I32, types.int64, _U32, types.int64, _U32, types.int64[::1], _I32, _I32, _I32, _I32,
+    types.uint64[::1], _U32, _I32, launch_bounds=(512, 2),
+)  # fmt: skip
+def gather_kernel(
+    words, table, shard_shift, page_crc32, n_pages, tables, state, counts, incoming, frames,
+    outgoing, sources, fault, failed,
+):  # fmt: skip
+    shared = cuda.shared.array(TABLE_WORDS, np.uint32, 16)
+    # Another block may find a fault right now: all threads must have one answer.
+    has_failed = cuda.syncthreads_or(failed[0])
+    thread = np.uint32(cuda.threadIdx.x)
+    record = np.uint32(np.uint32(state[GATHERED]) % np.uint32(N_RECORDS))
+    first = np.uint32(record * np.uint32(MAX_INCOMING))
+    of_record = np.uint32(record * np.uint32(N_COUNTS))
+    n_in = np.uint32(counts[of_record + np.uint32(N_IN)])
+    n_items = np.uint32(0) if has_failed else np.uint32(n_in << np.uint32(shard_shift))
+    lane = np.uint32(thread & np.uint32(31))
+    i = first_warp()
+    if np.uint32(i - np.uint32(thread >> np.uint32(5))) < n_items:  # the block has pages to check
+        share_tables(shared, tables)
+    while i < n_items:
+        index = np.uint32(i >> np.uint32(shard_shift))
+        slot = np.uint32(i - np.uint32(index << np.uint32(shard_shift)))
+        index = np.uint32(index + first)
+        page = page_at(incoming[index], slot, shard_shift)
+        if page < n_pages:
+            source = np.uint64(sources[index] + np.uint64(np.uint64(slot) * np.uint64(PAGE_BYTES)))
+            start = np.uint64(page_at(frames[index], slot, shard_shift) * PAGE_WORDS)
+            expected = page_crc32[np.uint32(page)]
+            bring_page(shared, lane, source, words, start, page, expected, fault, failed)
+        i = np.uint32(i + warps_of_grid())
+    cuda.syncthreads()
+    publishes = np.int32(0)
+    if thread == 0:
+        publishes = is_last_to_hold(failed, counts, of_record + np.uint32(BLOCKS_DONE))
+    if cuda.syncthreads_or(publishes):
+        n_out = np.uint32(counts[of_record + np.uint32(N_OUT)])
+        publish_record(
+            table, state, incoming, frames, outgoing, first, n_in, n_out, shard_shift, n_pages
+        )
+
+
+# The loops run on one thread: the prefetcher calls them beside compute, and not every threading
+# layer of Numba may be entered by two threads at once.
+
+
+@cached_njit()
+def check_frames_loop(frames, frame_ids, shard_ids, shard_shift, n_pages, page_crc32, faults):
+    slots = 1 << shard_shift
+    for i in range(faults.size):
+        slot = i & (slots - 1)
+        page = page_at(shard_ids[i >> shard_shift], slot, shard_shift)
+        faults[i] = 0
+        if page < n_pages:
+            start = page_at(frame_ids[i >> shard_shift], slot, shard_shift) * PAGE_BYTES
+            faults[i] = check_page(frames, start, page_crc32[page])
 
 
 @cached_njit()
@@ -137,48 +229,6 @@ def enter(table, frame_shard, ticks, frame, shard, tick):
     ticks[frame] = tick
 
 
-# The loops run on one thread: the prefetcher calls them beside compute, and not every threading
-# layer of Numba may be entered by two threads at once.
-
-
-@cached_njit()
-def check_page(frames, start, expected):
-    """The fault bits of the page at byte `start`."""
-    words = frames.view(np.uint32)
-    first = start // 4
-    crc = content_crc32(frames, start)
-    return fault_bits(crc, words[first + CRC_WORD], words[first + MAGIC_INDEX], expected)
-
-
-@cached_njit()
-def check_frames_loop(frames, frame_ids, shard_ids, shard_shift, n_pages, page_crc32, faults):
-    slots = 1 << shard_shift
-    for i in range(faults.size):
-        slot = i & (slots - 1)
-        page = page_at(shard_ids[i >> shard_shift], slot, shard_shift)
-        faults[i] = 0
-        if page < n_pages:
-            start = page_at(frame_ids[i >> shard_shift], slot, shard_shift) * PAGE_BYTES
-            faults[i] = check_page(frames, start, page_crc32[page])
-
-
-@cached_njit()
-def gather_pages_loop(
-    frames, frame_ids, staging, shard_ids, shard_shift, n_pages, page_crc32, faults
-):
-    slots = 1 << shard_shift
-    words, staged = frames.view(np.uint32), staging.view(np.uint32)
-    for i in range(faults.size):
-        slot = i & (slots - 1)
-        page = page_at(shard_ids[i >> shard_shift], slot, shard_shift)
-        faults[i] = 0
-        if page < n_pages:
-            start = page_at(frame_ids[i >> shard_shift], slot, shard_shift) * PAGE_BYTES
-            for w in range(PAGE_WORDS):
-                words[start // 4 + w] = staged[i * PAGE_WORDS + w]
-            faults[i] = check_page(frames, start, page_crc32[page])
-
-
 @cached_njit()
 def publish_loop(table, frame_shard, ticks, victims, frame_ids, shard_ids, tick):
     for i in range(victims.size):
@@ -197,7 +247,7 @@ def check_frames(
     page_crc32: Any,
     faults: Any,
 ) -> None:
-    """Check the pages of frames that have just been filled.
+    """Check the pages of frames.
 
     Parameters
     ----------
@@ -226,54 +276,63 @@ def check_frames(
     if len(faults) == 0:
         return
     if target.is_cuda:
-        tables = crc32_tables(target, target.block)
-        check_frames_kernel[min(len(faults), MAX_GRID), target.block](
-            frames.view(np.uint32), frame_ids, shard_ids, shard_shift, n_pages, page_crc32,
-            *tables, faults,
+        check_frames_kernel.launch(
+            target, page_blocks(len(faults)), PAGE_THREADS, frames.view(np.uint32), frame_ids,
+            shard_ids, shard_shift, n_pages, page_crc32, device_tables(target), faults,
         )  # fmt: skip
     else:
         check_frames_loop(frames, frame_ids, shard_ids, shard_shift, n_pages, page_crc32, faults)
 
 
-def gather_pages(
+def gather(
     target: Target,
-    frames: Any,
-    frame_ids: Any,
-    staging: Any,
-    shard_ids: Any,
-    shard_shift: int,
-    n_pages: int,
+    swap: SwapState,
+    cache: PageCache,
     page_crc32: Any,
-    faults: Any,
+    n_pages: int,
+    blocks: int,
+    stream: Any = None,
 ) -> None:
-    """Copy shards from a staging buffer into frames, and check what has arrived.
+    """Do what the next record of a swap says, or write down which page does not hold.
+
+    The shards of record `state[GATHERED] % N_RECORDS` are brought from host memory into their
+    frames. If all their pages hold, the record is published in `cache.table`, outgoing shards
+    first, and `GATHERED` goes up. Otherwise `fault` and `failed` say why, and this and all later
+    gathers change nothing that can be seen.
 
     Parameters
     ----------
-    staging
-        uint8 [m * 4096 << shard_shift], shard `shard_ids[i]` in i-th place.
-    target, frames, frame_ids, shard_ids, shard_shift, n_pages, page_crc32, faults
-        As for `check_frames`; pages beyond the last one are not copied either.
+    target
+        A CUDA target, where the arrays live.
+    swap
+        The records, and what has come of them.
+    cache
+        Where to.
+    page_crc32
+        uint32 [n_pages], the CRC32 that each page's content must have.
+    n_pages
+        Pages of the model. The last shard may be partial: what lies beyond is not read.
+    blocks
+        Blocks of the kernel, `PAGE_THREADS` threads each: so many SMs at most that others lack.
+    stream
+        Where to queue it; None for `target.stream`.
 
     Raises
     ------
     TypeError, ValueError
-        If an array has another type or shape, or is not contiguous.
+        If the target is no CUDA target, there are no blocks, or `page_crc32` has another type or
+        shape. What `new_swap_state` has made is trusted.
     """
-    _require_shards(frames, frame_ids, shard_ids, shard_shift, n_pages, page_crc32, faults)
-    check_array("staging", staging, np.uint8, (len(faults) * PAGE_BYTES,))
-    if len(faults) == 0:
-        return
-    if target.is_cuda:
-        tables = crc32_tables(target, target.block)
-        gather_pages_kernel[min(len(faults), MAX_GRID), target.block](
-            frames.view(np.uint32), frame_ids, staging.view(np.uint32), shard_ids, shard_shift,
-            n_pages, page_crc32, *tables, faults,
-        )  # fmt: skip
-    else:
-        gather_pages_loop(
-            frames, frame_ids, staging, shard_ids, shard_shift, n_pages, page_crc32, faults
-        )
+    if not target.is_cuda:
+        raise TypeError(f"gather needs a CUDA target, not {target.name}")
+    if blocks < 1:
+        raise ValueError(f"gather: {blocks} blocks")
+    check_array("page_crc32", page_crc32, np.uint32, (n_pages,))
+    gather_kernel.launch(
+        target, blocks, PAGE_THREADS, cache.words, cache.table, cache.shard_shift, page_crc32,
+        n_pages, device_tables(target), swap.state, swap.counts, swap.incoming, swap.frames,
+        swap.outgoing, swap.sources, swap.fault, swap.failed, stream=stream,
+    )  # fmt: skip
 
 
 def publish(
@@ -286,12 +345,12 @@ def publish(
     shard_ids: Any,
     tick: int,
 ) -> None:
-    """Release the victims' frames and make checked shards resident.
+    """Release the victims' frames and make checked shards resident, in a pool of the host's.
 
     Parameters
     ----------
     target
-        Where the arrays live.
+        Where the arrays live; not a CUDA target, which publishes in `gather`.
     table
         int32 [n_shards], the frame of each shard or -1.
     frame_shard
@@ -308,19 +367,18 @@ def publish(
     Raises
     ------
     TypeError, ValueError
-        If an array has another type or shape, or is not contiguous.
+        If the target is a CUDA target, or an array has another type or shape, or is not
+        contiguous.
     """
+    if target.is_cuda:
+        raise TypeError(f"publish is for pools of the host's, not for target {target.name}")
     check_array("table", table, np.int32, (len(table),))
     check_array("frame_shard", frame_shard, np.int32, (len(frame_shard),))
     check_array("ticks", ticks, np.int64, frame_shard.shape)
     check_array("victims", victims, np.int32, (len(victims),))
     check_array("frame_ids", frame_ids, np.int32, (len(frame_ids),))
     check_array("shard_ids", shard_ids, np.int32, frame_ids.shape)
-    arguments = (table, frame_shard, ticks, victims, frame_ids, shard_ids, tick)
-    if target.is_cuda:
-        publish_kernel[1, target.block](*arguments)
-    else:
-        publish_loop(*arguments)
+    publish_loop(table, frame_shard, ticks, victims, frame_ids, shard_ids, tick)
 
 
 def _require_shards(
@@ -341,17 +399,4 @@ def _require_shards(
     check_array("faults", faults, np.uint32, (len(frame_ids) << shard_shift,))
 
 
-_U32, _I32, _I64 = types.uint32[::1], types.int32[::1], types.int64[::1]
-_TABLES = (types.uint32[:, ::1], types.uint32[:, ::1])
-
-KERNELS = {
-    "check_frames_kernel": (
-        check_frames_kernel,
-        (_U32, _I32, _I32, types.int64, types.int64, _U32, *_TABLES, _U32),
-    ),
-    "gather_pages_kernel": (
-        gather_pages_kernel,
-        (_U32, _I32, _U32, _I32, types.int64, types.int64, _U32, *_TABLES, _U32),
-    ),
-    "publish_kernel": (publish_kernel, (_I32, _I32, _I64, _I32, _I32, _I32, types.int64)),
-}
+KERNELS = {"check_frames_kernel": check_frames_kernel, "gather_kernel": gather_kernel}

@@ -7,7 +7,10 @@
 A victim is a frame that holds a shard, is not in use, and whose shard is not pinned. Frames are
 given up in the order (rank of the shard, tick, frame): cold shards before normal ones, and among
 those the least recently used first, or the most recently used where the policy is `mru`, which is
-the order that helps a cyclic scan. The frame number makes the order total, so all targets agree.
+the order that helps a cyclic scan. The frame number makes the order total.
+
+These serve pools that the host manages, in its own memory. On a GPU `atlas.ops.select` does all of
+it, in the same order.
 """
 
 from __future__ import annotations
@@ -15,10 +18,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import cuda, types
 
 from atlas.ops.checks import check_array
-from atlas.ops.crc32 import MAX_BLOCK
 from atlas.target import Target
 from forge.jit import cached_njit
 
@@ -41,88 +42,6 @@ def goes_before(rank, age, frame, other_rank, other_age, other_frame):
     return frame < other_frame
 
 
-@cuda.jit
-def touch_kernel(table, ticks, shards, tick, missing, n_missing):
-    """One block, which takes as many shards at a time as it has threads.
-
-    The place of a miss in `missing` is the number of misses before it: those of earlier rounds
-    and, by an inclusive scan (W. Hillis and G. Steele, "Data Parallel Algorithms", 1986), those of
-    this round.
-    """
-    counts = cuda.shared.array(MAX_BLOCK, np.int32)
-    thread, block = cuda.threadIdx.x, cuda.blockDim.x
-    before = 0
-    for first in range(0, shards.size, block):
-        i = first + thread
-        is_miss = 0
-        if i < shards.size:
-            frame = table[shards[i]]
-            if frame >= 0:
-                ticks[frame] = tick
-            else:
-                is_miss = 1
-        counts[thread] = is_miss
-        cuda.syncthreads()
-        reach = 1
-        while reach < block:
-            left = counts[thread - reach] if thread >= reach else np.int32(0)
-            cuda.syncthreads()
-            counts[thread] += left
-            cuda.syncthreads()
-            reach *= 2
-        if is_miss == 1:
-            missing[before + counts[thread] - 1] = shards[i]
-        before += counts[block - 1]
-        cuda.syncthreads()
-    if thread == 0:
-        n_missing[0] = before
-
-
-@cuda.jit
-def choose_victims_kernel(frame_shard, ticks, shard_rank, held, sign, victims, n_victims):
-    """One block, which finds the first candidate behind the last victim until it has enough."""
-    ranks = cuda.shared.array(MAX_BLOCK, np.int32)
-    ages = cuda.shared.array(MAX_BLOCK, np.int64)
-    frames = cuda.shared.array(MAX_BLOCK, np.int32)
-    thread, block = cuda.threadIdx.x, cuda.blockDim.x
-    last_rank, last_age, last_frame = np.int32(-1), np.int64(0), np.int32(-1)
-    found = 0
-    while found < victims.size:
-        best_rank, best_age, best_frame = np.int32(RANK_PINNED), np.int64(0), np.int32(-1)
-        for frame in range(thread, frame_shard.size, block):
-            shard = frame_shard[frame]
-            if shard < 0 or held[frame] != 0 or shard_rank[shard] == RANK_PINNED:
-                continue
-            rank, age = np.int32(shard_rank[shard]), np.int64(sign * ticks[frame])
-            is_left = goes_before(last_rank, last_age, last_frame, rank, age, frame)
-            if is_left and goes_before(rank, age, frame, best_rank, best_age, best_frame):
-                best_rank, best_age, best_frame = rank, age, np.int32(frame)
-        ranks[thread], ages[thread], frames[thread] = best_rank, best_age, best_frame
-        cuda.syncthreads()
-        active = block
-        while active > 1:
-            half = (active + 1) // 2
-            other = thread + half
-            if other < active and goes_before(
-                ranks[other], ages[other], frames[other],
-                ranks[thread], ages[thread], frames[thread],
-            ):  # fmt: skip
-                ranks[thread], ages[thread], frames[thread] = (
-                    ranks[other], ages[other], frames[other],
-                )  # fmt: skip
-            cuda.syncthreads()
-            active = half
-        last_rank, last_age, last_frame = ranks[0], ages[0], frames[0]
-        cuda.syncthreads()
-        if last_frame < 0:
-            break
-        if thread == 0:
-            victims[found] = last_frame
-        found += 1
-    if thread == 0:
-        n_victims[0] = found
-
-
 @cached_njit()
 def touch_loop(table, ticks, shards, tick, missing):
     n_missing = 0
@@ -142,12 +61,6 @@ def hold_one(table, held, shard, change):
     frame = table[shard]
     if frame >= 0:
         held[frame] += change
-
-
-@cuda.jit
-def hold_kernel(table, held, shards, change):
-    for i in range(cuda.grid(1), shards.size, cuda.gridsize(1)):
-        hold_one(table, held, shards[i], change)
 
 
 @cached_njit()
@@ -191,13 +104,18 @@ def choose_victims_loop(frame_shard, ticks, shard_rank, held, sign, victims):
     return found
 
 
+def _require_host(name: str, target: Target) -> None:
+    if target.is_cuda:
+        raise TypeError(f"{name} is for pools of the host's, not for target {target.name}")
+
+
 def touch(target: Target, table: Any, ticks: Any, shards: Any, tick: int, missing: Any) -> int:
     """Mark shards as used now and list those that are not resident.
 
     Parameters
     ----------
     target
-        Where the arrays live.
+        Where the arrays live; not a CUDA target.
     table
         int32 [n_shards], the frame of each shard or -1.
     ticks
@@ -218,21 +136,17 @@ def touch(target: Target, table: Any, ticks: Any, shards: Any, tick: int, missin
     Raises
     ------
     TypeError, ValueError
-        If an array has another type or shape, or is not contiguous.
+        If the target is a CUDA target, or an array has another type or shape, or is not
+        contiguous.
     """
+    _require_host("touch", target)
     check_array("table", table, np.int32, (len(table),))
     check_array("ticks", ticks, np.int64, (len(ticks),))
     check_array("shards", shards, np.int32, (len(shards),))
     check_array("missing", missing, np.int32, (len(missing),))
     if len(missing) < len(shards):
         raise ValueError(f"missing: {len(missing)} entries cannot list {len(shards)} shards")
-    if not target.is_cuda:
-        return int(touch_loop(table, ticks, shards, tick, missing))
-    if len(shards) == 0:
-        return 0
-    n_missing = target.empty(1, np.int32)
-    touch_kernel[1, target.block](table, ticks, shards, tick, missing, n_missing)
-    return int(target.get(n_missing)[0])
+    return int(touch_loop(table, ticks, shards, tick, missing))
 
 
 def hold(target: Target, table: Any, held: Any, shards: Any, change: int) -> None:
@@ -241,7 +155,7 @@ def hold(target: Target, table: Any, held: Any, shards: Any, change: int) -> Non
     Parameters
     ----------
     target
-        Where the arrays live.
+        Where the arrays live; not a CUDA target.
     table
         int32 [n_shards], the frame of each shard or -1.
     held
@@ -254,15 +168,14 @@ def hold(target: Target, table: Any, held: Any, shards: Any, change: int) -> Non
     Raises
     ------
     TypeError, ValueError
-        If an array has another type or shape, or is not contiguous.
+        If the target is a CUDA target, or an array has another type or shape, or is not
+        contiguous.
     """
+    _require_host("hold", target)
     check_array("table", table, np.int32, (len(table),))
     check_array("held", held, np.int32, (len(held),))
     check_array("shards", shards, np.int32, (len(shards),))
-    if not target.is_cuda:
-        hold_loop(table, held, shards, change)
-    elif len(shards):
-        hold_kernel[1, target.block](table, held, shards, change)
+    hold_loop(table, held, shards, change)
 
 
 def choose_victims(
@@ -280,7 +193,7 @@ def choose_victims(
     Parameters
     ----------
     target
-        Where the arrays live.
+        Where the arrays live; not a CUDA target.
     frame_shard
         int32 [n_frames], the shard of each frame or -1.
     ticks
@@ -304,8 +217,10 @@ def choose_victims(
     Raises
     ------
     TypeError, ValueError
-        If an array has another type or shape, or is not contiguous.
+        If the target is a CUDA target, or an array has another type or shape, or is not
+        contiguous.
     """
+    _require_host("choose_victims", target)
     check_array("frame_shard", frame_shard, np.int32, (len(frame_shard),))
     check_array("ticks", ticks, np.int64, frame_shard.shape)
     check_array("shard_rank", shard_rank, np.uint8, (len(shard_rank),))
@@ -313,26 +228,7 @@ def choose_victims(
     check_array("victims", victims, np.int32, (len(victims),))
     if not 0 <= count <= len(victims):
         raise ValueError(f"victims: {len(victims)} entries cannot list {count} frames")
-    if count == 0:
+    if count == 0:  # the loop looks at the last victim it has found
         return 0
     sign = -1 if newest_first else 1
-    wanted = victims[:count]
-    if not target.is_cuda:
-        return int(choose_victims_loop(frame_shard, ticks, shard_rank, held, sign, wanted))
-    n_victims = target.empty(1, np.int32)
-    choose_victims_kernel[1, target.block](
-        frame_shard, ticks, shard_rank, held, sign, wanted, n_victims
-    )
-    return int(target.get(n_victims)[0])
-
-
-_I32, _I64 = types.int32[::1], types.int64[::1]
-
-KERNELS = {
-    "touch_kernel": (touch_kernel, (_I32, _I64, _I32, types.int64, _I32, _I32)),
-    "hold_kernel": (hold_kernel, (_I32, _I32, _I32, types.int64)),
-    "choose_victims_kernel": (
-        choose_victims_kernel,
-        (_I32, _I64, types.uint8[::1], _I32, types.int64, _I32, _I32),
-    ),
-}
+    return int(choose_victims_loop(frame_shard, ticks, shard_rank, held, sign, victims[:count]))

@@ -2,8 +2,9 @@
 
 On the CPU a thread dequantises a band of rows into its part of the scratch memory, small enough to
 stay in the second-level cache, and multiplies it with all tokens tile by tile. On the GPU a block
-decodes a stretch of one row into shared memory and its threads take a token each. Either way a
-weight is decoded once for all tokens.
+computes a tile of y, and decodes a weight once for all tokens of the tile: on tensor cores with
+operands of 16 bits where there are such (`matmul_tensor` says what that costs), else here, in
+float32.
 """
 
 from __future__ import annotations
@@ -15,48 +16,81 @@ import numpy as np
 from numba import config, cuda, get_num_threads, prange, types
 
 from atlas.ops.block_values import MATRIX_VALUES, matrix_arguments, matrix_signature
-from atlas.ops.checks import MAX_BLOCKS, MAX_THREADS, check_array, check_range
+from atlas.ops.checks import MAX_BLOCKS, check_array, check_range
 from atlas.ops.dequant import decode_blocks, dequantise
+from atlas.ops.kernel import Kernel, kernel
+from atlas.ops.matmul_tensor import fits_tensor_cores, matmul_tensor
 from atlas.ops.matvec import matvec
 from atlas.ops.paged import PageCache, PagedMatrix
 from atlas.ops.tile_product import TILE_ROWS, TILE_TOKENS, tile_product
-from atlas.target import Target
+from atlas.target import CudaTarget, Target
 from forge.jit import cached_njit
 
 BAND_ELEMENTS = 131072  # most decoded weights of a thread: 512 KiB
 
+# The plain kernel: 16 by 16 threads with 4 by 4 sums each, so that a load from shared memory serves
+# two multiplications, over slices of 16 columns, as many as 64 bytes of a row have.
+_SIDE = 4 if config.ENABLE_CUDASIM else 16
+_TILE = 4 * _SIDE
+_DEPTH = 16
 
-def _kernel(matrix_value: Any) -> Any:
+
+def _kernel(kind: Any) -> Kernel:
     """`matmul_kernel` of one type."""
+    matrix_value = MATRIX_VALUES[kind]
+    pitch = _TILE + 1  # so that a column's stores meet in no bank
 
-    @cuda.jit
+    @kernel(
+        types.float32[:, ::1], types.float32[:, ::1], types.int64, types.int64,
+        *matrix_signature(kind), launch_bounds=_SIDE * _SIDE,
+    )  # fmt: skip
     def matmul_kernel(
         y, x, begin, end, frames, table, shard_shift, first_page, per_page, elements, places
     ):
-        weights = cuda.shared.array(MAX_THREADS, types.float32)
-        thread, n_threads = cuda.threadIdx.x, cuda.blockDim.x
+        """A block per tile of y; a thread has the sums of every `_SIDE`-th row and token of it."""
+        weights = cuda.shared.array((_DEPTH, pitch), np.float32)
+        tokens = cuda.shared.array((_DEPTH, pitch), np.float32)
+        sums = cuda.local.array(16, np.float32)
+        thread = cuda.threadIdx.x
         n_tokens, n_cols = np.int64(x.shape[0]), np.int64(x.shape[1])
-        for row in range(begin + cuda.blockIdx.x, end, cuda.gridDim.x):
-            for start in range(0, n_cols, n_threads):
-                if start + thread < n_cols:
-                    weights[thread] = matrix_value(
-                        frames, table, shard_shift, first_page, per_page, elements, places,
-                        row * n_cols + start + thread,
-                    )  # fmt: skip
+        token_tiles = (n_tokens + _TILE - 1) // _TILE
+        n_tiles = (end - begin + _TILE - 1) // _TILE * token_tiles
+        for tile in range(cuda.blockIdx.x, n_tiles, cuda.gridDim.x):
+            first_row = begin + tile // token_tiles * _TILE
+            first_token = tile % token_tiles * _TILE
+            for k in range(16):
+                sums[k] = np.float32(0)
+            for start in range(0, n_cols, _DEPTH):
+                for item in range(thread, _TILE * _DEPTH, _SIDE * _SIDE):
+                    depth, i = item % _DEPTH, item // _DEPTH
+                    column, row, token = start + depth, first_row + i, first_token + i
+                    weight = value = np.float32(0)
+                    if column < n_cols and row < end:
+                        weight = matrix_value(
+                            frames, table, shard_shift, first_page, per_page, elements, places,
+                            row * n_cols + column,
+                        )  # fmt: skip
+                    if column < n_cols and token < n_tokens:
+                        value = x[token, column]
+                    weights[depth, i], tokens[depth, i] = weight, value
                 cuda.syncthreads()
-                for t in range(thread, n_tokens, n_threads):
-                    total = np.float32(0)
-                    if start > 0:
-                        total = y[t, row]
-                    for c in range(min(n_threads, n_cols - start)):
-                        total += weights[c] * x[t, start + c]
-                    y[t, row] = total
+                for depth in range(_DEPTH):
+                    for i in range(4):
+                        weight = weights[depth, thread % _SIDE + i * _SIDE]
+                        for j in range(4):
+                            sums[4 * i + j] += weight * tokens[depth, thread // _SIDE + j * _SIDE]
                 cuda.syncthreads()
+            for i in range(4):
+                row = first_row + thread % _SIDE + i * _SIDE
+                for j in range(4):
+                    token = first_token + thread // _SIDE + j * _SIDE
+                    if row < end and token < n_tokens:
+                        y[token, row] = sums[4 * i + j]
 
     return matmul_kernel
 
 
-_KERNELS = {kind: _kernel(body) for kind, body in MATRIX_VALUES.items()}
+_KERNELS = {kind: _kernel(kind) for kind in MATRIX_VALUES}
 
 
 @functools.cache
@@ -161,8 +195,10 @@ def matmul(
     begin, end
         Range of rows.
     scratch
-        float32 [at least n_cols], overwritten; only the CPU target uses it. A thread needs n_cols
-        elements of it and gains up to `BAND_ELEMENTS`.
+        float32 [at least n_cols], overwritten. On the CPU a thread needs n_cols elements and gains
+        up to `BAND_ELEMENTS`. On tensor cores 16 tokens take `words_of_group(n_cols)`, about 8
+        n_cols: with less for all tokens they are multiplied in several passes, with less for 16
+        without tensor cores. It must start on a multiple of 16 bytes.
 
     Raises
     ------
@@ -182,9 +218,13 @@ def matmul(
         return
     if x.shape[0] == 1:
         matvec(target, y[0], cache, w, x[0], begin, end)
+    elif isinstance(target, CudaTarget) and fits_tensor_cores(target, w, scratch):
+        matmul_tensor(target, y, cache, w, x, begin, end, scratch)
     elif target.is_cuda:
-        kernel = _KERNELS[w.ggml_type]
-        kernel[min(end - begin, MAX_BLOCKS), target.block](y, x, begin, end, *matrix)
+        n_tiles = -(-(end - begin) // _TILE) * -(-x.shape[0] // _TILE)
+        _KERNELS[w.ggml_type].launch(
+            target, min(n_tiles, MAX_BLOCKS), _SIDE * _SIDE, y, x, begin, end, *matrix
+        )
     elif config.DISABLE_JIT:
         _matmul_interpreted(target, y, cache, w, x, begin, end, scratch)
     else:
@@ -192,11 +232,4 @@ def matmul(
         _loop(int(w.ggml_type))(y, x, begin, end, scratch, n_workers, *matrix)
 
 
-_ARRAY = types.float32[:, ::1]
-KERNELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    f"matmul_kernel_{kind.name.lower()}": (
-        kernel,
-        (_ARRAY, _ARRAY, types.int64, types.int64, *matrix_signature(kind)),
-    )
-    for kind, kernel in _KERNELS.items()
-}
+KERNELS = {f"matmul_kernel_{kind.name.lower()}": one for kind, one in _KERNELS.items()}

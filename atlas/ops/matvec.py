@@ -2,7 +2,8 @@
 
 Weights are decoded in registers and never stored. The sum of a row runs over at least sixteen
 partial sums (lanes, or threads of a block), so its rounding error is below that of a plain loop.
-A decode step reads every weight once, so the bound is the memory's bandwidth.
+A decode step reads every weight once, so the bound is the memory's bandwidth. On a GPU the kernels
+of `matvec_kernels` read the types and layouts they know; the one here reads all, value by value.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from numba import config, cuda, prange, types
 
 from atlas.ops.block_values import (
@@ -22,15 +24,20 @@ from atlas.ops.block_values import (
 from atlas.ops.block_vectors import dot_run
 from atlas.ops.checks import MAX_BLOCKS, MAX_THREADS, check_array, check_range
 from atlas.ops.dequant import dequantise
+from atlas.ops.kernel import Kernel, kernel
+from atlas.ops.matvec_kernels import launch_units
 from atlas.ops.paged import PageCache, PagedMatrix
 from atlas.target import Target
 from forge.jit import cached_njit
 
 
-def _kernel(matrix_value: Any) -> Any:
+def _kernel(kind: GGMLQuantizationType) -> Kernel:
     """`matvec_kernel` of one type: a block per row, its threads over the columns."""
+    matrix_value = MATRIX_VALUES[kind]
 
-    @cuda.jit
+    @kernel(
+        types.float32[::1], types.float32[::1], types.int64, types.int64, *matrix_signature(kind)
+    )
     def matvec_kernel(
         y, x, begin, end, frames, table, shard_shift, first_page, per_page, elements, places
     ):
@@ -61,7 +68,7 @@ def _kernel(matrix_value: Any) -> Any:
     return matvec_kernel
 
 
-_KERNELS = {kind: _kernel(body) for kind, body in MATRIX_VALUES.items()}
+_KERNELS = {kind: _kernel(kind) for kind in MATRIX_VALUES}
 
 
 #: Weights below which waking other threads costs more than they save.
@@ -131,12 +138,14 @@ def matvec(
     check_array("y", y, np.float32, (None,))
     if y.shape[0] < end:
         raise ValueError(f"y has {y.shape[0]} elements, rows go to {end}")
+    if target.is_cuda and begin < end and launch_units(target, y, cache, w, x, begin, end):
+        return
     matrix = matrix_arguments(cache, w)
     if begin == end:
         return
     if target.is_cuda:
-        kernel = _KERNELS[w.ggml_type]
-        kernel[min(end - begin, MAX_BLOCKS), target.block](y, x, begin, end, *matrix)
+        blocks = min(end - begin, MAX_BLOCKS)
+        _KERNELS[w.ggml_type].launch(target, blocks, target.block, y, x, begin, end, *matrix)
     elif config.DISABLE_JIT:
         rows = np.empty((end - begin, w.n_cols), np.float32)
         dequantise(target, rows, cache, w, begin, end)
@@ -146,11 +155,4 @@ def matvec(
         _loop(int(w.ggml_type), parallel)(y, x, begin, end, *matrix)
 
 
-_ARRAY = types.float32[::1]
-KERNELS: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    f"matvec_kernel_{kind.name.lower()}": (
-        kernel,
-        (_ARRAY, _ARRAY, types.int64, types.int64, *matrix_signature(kind)),
-    )
-    for kind, kernel in _KERNELS.items()
-}
+KERNELS = {f"matvec_kernel_{kind.name.lower()}": k for kind, k in _KERNELS.items()}

@@ -28,11 +28,14 @@ class PageCache(NamedTuple):
         int32 [n_shards], the frame of each shard or -1.
     shard_shift
         log2 of the pages per shard.
+    words
+        `frames` as uint32, for loads of more than a byte.
     """
 
     frames: Any
     table: Any
     shard_shift: int
+    words: Any
 
 
 @dataclass(frozen=True)

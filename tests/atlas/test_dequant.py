@@ -45,6 +45,17 @@ def test_no_rows() -> None:
     assert np.isnan(rows).all()
 
 
+@pytest.mark.parametrize("ggml_type", TYPES, ids=lambda kind: kind.name)
+def test_a_missing_shard_does_not_fault(target: Target, ggml_type: GGMLQuantizationType) -> None:
+    """After a failed swap kernels that are queued run on; their results are not looked at."""
+    s = sample(target, ggml_type, "column_major")
+    cache = s.with_resident(target, 0, 0)
+    assert (target.get(cache.table) == -1).all()
+    out = target.full((2, s.matrix.n_cols), np.nan, np.float32)
+    dequantise(target, out[:1], cache, s.matrix, 0, 1)
+    assert np.isnan(target.get(out)[1]).all()
+
+
 def test_half_to_float_on_every_float16() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = np.array([half_to_float(np.uint32(b)) for b in bits], np.float32)

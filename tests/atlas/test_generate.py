@@ -34,7 +34,7 @@ PROMPT = [1, 5, 9, 70, 3]
 def background() -> Iterator[None]:
     """Read ahead on a thread, however small the shards are: that is what is tested here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atlas.manager.MIN_BACKGROUND_BYTES", 0)
+        patch.setattr("atlas.shard_cache.MIN_BACKGROUND_BYTES", 0)
         yield
 
 
@@ -137,7 +137,7 @@ def test_half_the_pages_give_half_the_hits_only_when_pinned(
         reuse = stats.reuse_hits / stats.accesses
         assert reuse == pytest.approx(ideal, abs=0.02)
         assert reuse == pytest.approx(model.atlas.expected_reuse_ratio, abs=0.02)
-        pass_bytes = n_scheduled * model.atlas.pool.frame_bytes
+        pass_bytes = n_scheduled * model.atlas.shard_bytes
         assert stats.bytes_moved / n_passes == pytest.approx(
             (1 - reuse) * pass_bytes, abs=0.02 * pass_bytes
         )

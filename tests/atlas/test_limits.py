@@ -38,12 +38,12 @@ def test_bandwidths_are_measured_and_leave_the_cache_alone(target: Target, tmp_p
     with Atlas.open(map_path, "50%", target, policy="pin") as atlas:
         before = atlas.stats.copy()
         memory, link = memory_bandwidth(target, atlas.cache), link_bandwidth(atlas)
-        assert 1e3 < link < 1e13
-        if target.is_cuda:
-            assert memory is None
+        if target.name == "cuda-simulator":  # whose time means nothing
+            assert memory is None and link is None
         else:
             assert memory is not None and 1e3 < memory < 1e13
+            assert link is not None and 1e3 < link < 1e13
         assert atlas.stats == before
         cache.assert_at_rest(atlas)
-        n_shards = len(atlas.schedule.order)
+        n_shards = len(atlas.shards.schedule)
         assert weight_bytes_per_pass(atlas.map, n_shards) == n_shards * 2 * 4096

@@ -26,8 +26,6 @@ from tests import cache_factory as cache
 from tests import gguf_factory as factory
 
 PASSES = 1 if config.ENABLE_CUDASIM else 3
-#: Policies, budgets and distances that are tried there, too.
-IN_SIMULATOR = {("lru", "50%", 0), ("pin", "50%", 4), ("pin", "100%", 4)}
 KINDS = GGMLQuantizationType
 
 # The models are random bytes, so some of their scales are no numbers.
@@ -38,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in")
 def background() -> Iterator[None]:
     """Read ahead on a thread, however small the shards are: that is what is tested here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atlas.manager.MIN_BACKGROUND_BYTES", 0)
+        patch.setattr("atlas.shard_cache.MIN_BACKGROUND_BYTES", 0)
         yield
 
 
@@ -82,8 +80,6 @@ def steady(
 def test_a_cyclic_scan_hits_what_the_closed_form_says(
     target: Target, dense: Path, policy: str, budget: str, distance: int
 ) -> None:
-    if target.name == "cuda-simulator" and (policy, budget, distance) not in IN_SIMULATOR:
-        pytest.skip("takes long in the simulator, and is one of many")
     atlas, counts = steady(dense, target, budget, policy, distance)
     n_scheduled = atlas.shape.n_scheduled
     # Tensors share shards with their neighbours; each shard is one access of a pass for all that.
@@ -95,7 +91,7 @@ def test_a_cyclic_scan_hits_what_the_closed_form_says(
     else:
         assert reuse == atlas.expected_reuse_ratio
     # What is read ahead at the end of either stretch was counted in the one and not the other.
-    moved = counts.bytes_moved / atlas.pool.frame_bytes
+    moved = counts.bytes_moved / atlas.shard_bytes
     missed = counts.prefetch_hits + counts.demand_misses
     assert abs(moved - missed) <= atlas.plan.distance
     assert counts.pages_checked == counts.bytes_moved // 4096
@@ -131,7 +127,7 @@ def test_reading_ahead_without_a_thread_hits_all_it_announces(small: Path, dense
 def test_a_full_pool_moves_everything_once(dense: Path, policy: str) -> None:
     with Atlas.open(dense, "100%", CpuTarget(), policy=policy, prefetch_distance=8) as atlas:
         cache.walk(atlas, 2)
-        assert atlas.stats.bytes_moved == atlas.shape.n_shards * atlas.pool.frame_bytes
+        assert atlas.stats.bytes_moved == atlas.shape.n_shards * atlas.shard_bytes
         first_pass = 0 if policy == "pin" else atlas.shape.n_scheduled
         assert atlas.stats.prefetch_hits + atlas.stats.demand_misses == first_pass
         assert atlas.stats.accesses == 2 * atlas.shape.n_scheduled
@@ -140,7 +136,7 @@ def test_a_full_pool_moves_everything_once(dense: Path, policy: str) -> None:
 
 def test_the_same_shard_in_the_next_step_is_the_same_access(target: Target, dense: Path) -> None:
     with Atlas.open(dense, "50%", target, policy="lru", prefetch_distance=0) as atlas:
-        first = atlas.schedule.order[0]
+        first = atlas.shards.schedule[0]
         for last_shard, accesses in ((0, 1), (0, 1), (1, 2), (1, 2)):
             atlas.acquire(Band(0, 1, first, first + last_shard))
             assert (atlas.stats.demand_misses, atlas.stats.reuse_hits) == (accesses, 0)
@@ -156,14 +152,14 @@ def test_a_band_in_use_is_never_given_up(target: Target, dense: Path) -> None:
             for band in atlas.bands(atlas.matrix(tensor)):
                 atlas.acquire(band)
                 needed = set(range(band.first_shard, band.last_shard + 1))
-                with atlas._lock:
-                    assert needed <= set(cache.resident(atlas.pool))
+                with atlas.shard_cache._lock:
+                    assert needed <= set(cache.resident(atlas))
         cache.assert_at_rest(atlas)
 
 
 def test_a_band_wider_than_planned_is_refused(dense: Path) -> None:
     with Atlas.open(dense, "25%", CpuTarget(), policy="lru") as atlas:
-        first, n = atlas.schedule.order[0], atlas.plan.band + 1
+        first, n = atlas.shards.schedule[0], atlas.plan.band + 1
         with pytest.raises(GGUFShardError, match=f"{n} shards in a band, {n - 1} are planned for"):
             atlas.acquire(Band(0, 1, first, first + n - 1))
         cache.walk(atlas)
@@ -237,8 +233,6 @@ def source_values(map_path: Path, name: str, index: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("budget", ["100%", "smallest"])
 def test_tensors_are_those_of_the_source(target: Target, small: Path, budget: str) -> None:
-    if target.name == "cuda-simulator" and budget == "100%":
-        pytest.skip("takes long in the simulator, and shows less than the smallest budget")
     with pytest.raises(BudgetError) as caught:
         Atlas.open(small, "1", target)
     size = budget if budget == "100%" else str(caught.value.smallest_bytes)
@@ -252,8 +246,6 @@ def test_tensors_are_those_of_the_source(target: Target, small: Path, budget: st
 
 
 def test_tensors_of_several_bands_are_those_of_the_source(target: Target, dense: Path) -> None:
-    if target.name == "cuda-simulator":
-        pytest.skip("takes long in the simulator")
     with Atlas.open(dense, "25%", target, policy="lru") as atlas:
         for name in ("blk.0.ffn_down.weight", "output.weight"):
             assert len(atlas.bands(atlas.matrix(name))) > 1

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
+from atlas.ops import matvec_kernels
 from atlas.ops.matvec import matvec
+from atlas.ops.matvec_kernels import launch_units
 from atlas.target import CpuTarget, Target
 from forge.block_layouts import MEMORY_LAYOUTS
 from forge.errors import GGUFShardError
@@ -34,6 +38,104 @@ def test_matvec_matches_float64(
         assert np.isnan(result[:begin]).all()
         assert np.isnan(result[end:]).all()
     np.testing.assert_array_equal(target.get(device_x), x)
+
+
+#: Types that are read in units, with blocks in a row: one, an odd number that crosses pages at ever
+#: other places, as many as make a unit for each thread, more than a page holds.
+UNIT_CASES = {
+    GGMLQuantizationType.F32: (2, 46, 128, 1022 + 6),
+    GGMLQuantizationType.F16: (4, 44, 68, 256, 2044 + 4),
+    GGMLQuantizationType.BF16: (4, 44, 68, 256, 2044 + 4),
+    GGMLQuantizationType.Q8_0: (1, 7, 8, 120 + 3),
+    GGMLQuantizationType.Q4_0: (1, 7, 16, 227 + 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("ggml_type", "blocks_per_row"),
+    [
+        pytest.param(kind, n_blocks, id=f"{kind.name}-{n_blocks}")
+        for kind, cases in UNIT_CASES.items()
+        for n_blocks in cases
+    ],
+)
+def test_rows_in_units(
+    target: Target, ggml_type: GGMLQuantizationType, blocks_per_row: int
+) -> None:
+    s = sample(target, ggml_type, "column_major", blocks_per_row)
+    n_rows, crossing = s.matrix.n_rows, s.matrix.layout.per_page // blocks_per_row
+    x = np.random.default_rng(3).standard_normal(s.matrix.n_cols).astype(np.float32)
+    device_x = target.put(x)
+    # Groups are of 4 or 16 rows: parts of one, one and a part of the next, all about a page's end.
+    begins = {size: max(0, min(crossing, n_rows) - size // 2 - 1) for size in (1, 3, 5, 18)}
+    for begin, end in {(first, min(first + size, n_rows)) for size, first in begins.items()}:
+        y = target.full(n_rows + 1, np.nan, np.float32)
+        cache = s.with_resident(target, begin, end)
+        if target.is_cuda:
+            assert launch_units(target, y, cache, s.matrix, device_x, begin, end)
+        else:
+            matvec(target, y, cache, s.matrix, device_x, begin, end)
+        result = target.get(y)
+        rows = s.weights[begin:end]
+        bound = 1e-6 * naive.matvec(np.abs(rows), np.abs(x))
+        assert np.all(np.abs(result[begin:end] - naive.matvec(rows, x)) <= bound)
+        assert np.isnan(result[:begin]).all()
+        assert np.isnan(result[end:]).all()
+
+
+def test_units_stride_over_a_small_grid(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks take group after group, and their shared sums are not mixed up."""
+    monkeypatch.setattr(matvec_kernels, "MAX_BLOCKS", 2)
+    s = sample(target, GGMLQuantizationType.Q4_0, "column_major", 5)
+    x = np.random.default_rng(4).standard_normal(s.matrix.n_cols).astype(np.float32)
+    y = target.full(s.matrix.n_rows, np.nan, np.float32)
+    matvec(target, y, s.cache, s.matrix, target.put(x))
+    bound = 1e-6 * naive.matvec(np.abs(s.weights), np.abs(x))
+    assert np.all(np.abs(target.get(y) - naive.matvec(s.weights, x)) <= bound)
+
+
+def test_what_is_not_read_in_units(target: Target) -> None:
+    """The general kernel reads it, with the same result."""
+    if not target.is_cuda:
+        pytest.skip("loops know no units")
+    for kind, memory_layout, blocks_per_row, first in (
+        (GGMLQuantizationType.F16, "column_major", 46, 0),  # rows begin inside a unit
+        (GGMLQuantizationType.Q8_0, "row_major", 7, 0),
+        (GGMLQuantizationType.Q8_0, "column_major", 7, 1),  # x is not aligned
+        (GGMLQuantizationType.Q5_0, "column_major", 7, 0),
+    ):
+        s = sample(target, kind, memory_layout, blocks_per_row)
+        x = np.random.default_rng(5).standard_normal(s.matrix.n_cols + first).astype(np.float32)
+        device_x = target.put(x)[first:]
+        y = target.full(s.matrix.n_rows, np.nan, np.float32)
+        assert not launch_units(target, y, s.cache, s.matrix, device_x, 0, 1)
+        matvec(target, y, s.cache, s.matrix, device_x, 0, 2)
+        rows, result = s.weights[:2], target.get(y)
+        bound = 1e-6 * naive.matvec(np.abs(rows), np.abs(x[first:]))
+        assert np.all(np.abs(result[:2] - naive.matvec(rows, x[first:])) <= bound)
+        assert np.isnan(result[2:]).all()
+
+
+def test_more_units_than_an_index_counts_are_not_read_in_units(target: Target) -> None:
+    if not target.is_cuda:
+        pytest.skip("loops know no units")
+    s = sample(target, GGMLQuantizationType.Q8_0, "column_major")
+    huge = replace(s.matrix, n_rows=(1 << 31) // (2 * s.matrix.blocks_per_row) + 1)
+    x, y = target.full(huge.n_cols, 1, np.float32), target.full(1, np.nan, np.float32)
+    assert not launch_units(target, y, s.cache, huge, x, 0, 1)
+    assert launch_units(target, y, s.cache, replace(huge, n_rows=huge.n_rows - 1), x, 0, 1)
+
+
+@pytest.mark.parametrize("memory_layout", MEMORY_LAYOUTS)
+def test_a_missing_shard_does_not_fault(target: Target, memory_layout: str) -> None:
+    """After a failed swap kernels that are queued run on; their results are not looked at."""
+    s = sample(target, GGMLQuantizationType.Q4_0, memory_layout)
+    cache = s.with_resident(target, 0, 0)
+    assert (target.get(cache.table) == -1).all()
+    x = target.full(s.matrix.n_cols, 1, np.float32)
+    y = target.full(s.matrix.n_rows, np.nan, np.float32)
+    matvec(target, y, cache, s.matrix, x, 0, 2)
+    assert np.isnan(target.get(y)[2:]).all()
 
 
 @pytest.mark.parametrize("ggml_type", TYPES, ids=lambda kind: kind.name)

@@ -23,7 +23,7 @@ TIMEOUT = 30
 def background() -> Iterator[None]:
     """Read ahead on a thread, however small the shards are: that is what is tested here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atlas.manager.MIN_BACKGROUND_BYTES", 0)
+        patch.setattr("atlas.shard_cache.MIN_BACKGROUND_BYTES", 0)
         yield
 
 
@@ -79,22 +79,22 @@ def open_half(map_path: Path, **options: int) -> Atlas:
 
 def wait_for(atlas: Atlas, reached: Callable[[], bool]) -> None:
     """Until something holds that the prefetcher brings about."""
-    with atlas._lock:
-        assert atlas._lock.wait_for(reached, TIMEOUT)
+    with atlas.shard_cache._lock:
+        assert atlas.shard_cache._lock.wait_for(reached, TIMEOUT)
 
 
 def use(atlas: Atlas, place: int, n_shards: int = 1) -> None:
-    first = atlas.schedule.order[place]
+    first = atlas.shards.schedule[place]
     atlas.acquire(Band(0, 1, first, first + n_shards - 1))
 
 
 def test_what_comes_next_is_there_before_it_is_asked_for(map_path: Path) -> None:
     with open_half(map_path, prefetch_distance=2) as atlas:
-        order = atlas.schedule.order
+        order = atlas.shards.schedule
         use(atlas, 0)
-        wait_for(atlas, lambda: atlas._ahead == {order[1], order[2]})
+        wait_for(atlas, lambda: atlas.shard_cache._ahead == {order[1], order[2]})
         use(atlas, 1)
-        wait_for(atlas, lambda: atlas._ahead == {order[2], order[3]})
+        wait_for(atlas, lambda: atlas.shard_cache._ahead == {order[2], order[3]})
         stats = atlas.stats
         assert (stats.demand_misses, stats.prefetch_hits, stats.reuse_hits) == (1, 1, 0)
         assert stats.late_prefetches == 0
@@ -103,11 +103,11 @@ def test_what_comes_next_is_there_before_it_is_asked_for(map_path: Path) -> None
 
 def test_a_jump_lets_go_of_what_was_read_ahead(map_path: Path) -> None:
     with open_half(map_path, prefetch_distance=2) as atlas:
-        order = atlas.schedule.order
+        order, shards = atlas.shards.schedule, atlas.shard_cache
         for place in (0, 12, 5, len(order) - 1):
             use(atlas, place)
             window = {order[(place + i) % len(order)] for i in (1, 2)}
-            wait_for(atlas, lambda window=window: atlas._ahead <= window and not atlas._wanted)
+            wait_for(atlas, lambda window=window: shards._ahead <= window and not shards._wanted)
             cache.assert_at_rest(atlas)
 
 
@@ -115,7 +115,7 @@ def test_a_late_read_is_waited_for_and_counted(map_path: Path) -> None:
     with open_half(map_path, prefetch_distance=2) as atlas:
         store = cache.install_faulty_store(atlas)
         read, begun, go_on = store.read_shard, threading.Event(), threading.Event()
-        slow = atlas.schedule.order[1]
+        slow = atlas.shards.schedule[1]
 
         def read_slowly(shard: int, buffer: object) -> int:
             if shard == slow:
@@ -130,7 +130,7 @@ def test_a_late_read_is_waited_for_and_counted(map_path: Path) -> None:
         use(atlas, 1)
         assert atlas.stats.late_prefetches == atlas.stats.prefetch_hits == 1
         assert atlas.stats.wait_seconds > 0.02
-        assert slow in cache.resident(atlas.pool)
+        assert slow in cache.resident(atlas)
 
 
 @pytest.mark.parametrize("has_thread", [True, False])
@@ -140,12 +140,12 @@ def test_a_corrupt_page_is_the_error_of_the_acquire_that_needs_it(
     target = CpuTarget()
     target.has_background = has_thread
     with Atlas.open(map_path, "50%", target, policy="lru", prefetch_distance=2) as atlas:
-        order = atlas.schedule.order
+        order, shards = atlas.shards.schedule, atlas.shard_cache
         cache.flip_bit(map_path, order[4])
         for place in range(4):
             use(atlas, place)
-            wait_for(atlas, lambda: not atlas._wanted and not atlas._loading)
-        assert order[4] not in cache.resident(atlas.pool)
+            wait_for(atlas, lambda: not shards._wanted and not shards._loading)
+        assert order[4] not in cache.resident(atlas)
         for _ in range(2):
             with pytest.raises(CorruptPageError) as caught:
                 use(atlas, 4)
@@ -159,20 +159,21 @@ def test_a_corrupt_page_is_the_error_of_the_acquire_that_needs_it(
 def test_the_thread_survives_what_it_cannot_read(map_path: Path) -> None:
     with open_half(map_path, prefetch_distance=2) as atlas:
         store = cache.install_faulty_store(atlas)
-        order = atlas.schedule.order
+        order = atlas.shards.schedule
         store.faults = {order[1]: 2}
         use(atlas, 0)
-        wait_for(atlas, lambda: order[2] in atlas._ahead and not atlas._wanted)
-        assert atlas._prefetcher is not None and atlas._prefetcher.is_alive()
+        shards = atlas.shard_cache
+        wait_for(atlas, lambda: order[2] in shards._ahead and not shards._wanted)
+        assert shards._prefetcher is not None and shards._prefetcher.is_alive()
         use(atlas, 1)
         assert atlas.stats.demand_misses == 2
 
 
 def test_more_ahead_than_there_are_shards(map_path: Path) -> None:
     with Atlas.open(map_path, "100%", CpuTarget(), policy="lru", prefetch_distance=999) as atlas:
-        n = len(atlas.schedule.order)
+        n = len(atlas.shards.schedule)
         use(atlas, 3, 2)  # the window ends in the band itself
-        wait_for(atlas, lambda: len(atlas._ahead) == n - 2)
+        wait_for(atlas, lambda: len(atlas.shard_cache._ahead) == n - 2)
         cache.assert_at_rest(atlas)
         cache.walk(atlas, 2)
         cache.assert_at_rest(atlas)
@@ -182,16 +183,17 @@ def test_more_ahead_than_there_are_shards(map_path: Path) -> None:
 
 def test_reading_ahead_gives_way_to_a_demand_that_waits_for_frames(map_path: Path) -> None:
     with open_half(map_path, prefetch_distance=2) as atlas:
-        with atlas._lock:
-            atlas._wanted = atlas.schedule.order[5:8]
-            atlas._swapper.n_waiting = 1
-            assert not atlas._fetch_ahead()
-            atlas._swapper.n_waiting = 0
-            assert len(atlas._wanted) == 3
-            atlas._wanted = []
+        shards, order = atlas.shard_cache, atlas.shards.schedule
+        with shards._lock:
+            shards._wanted = order[5:8]
+            shards._swapper.n_waiting = 1
+            assert not shards._fetch_ahead()
+            shards._swapper.n_waiting = 0
+            assert len(shards._wanted) == 3
+            shards._wanted = []
         with (
             pytest.raises(GGUFShardError, match=r"no room for \d+ more shards at once"),
-            atlas._lock,
+            shards._lock,
         ):
-            atlas._swapper.load(atlas._lanes[0], atlas.schedule.order[: atlas.pool.n_free + 1])
+            shards._swapper.load(shards._lanes[0], order[: shards.pool.n_free + 1])
         cache.assert_at_rest(atlas)

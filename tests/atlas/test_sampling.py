@@ -91,6 +91,21 @@ def test_the_seed_decides() -> None:
     assert draws(Sampler(1.0, 0, 1.0), LOGITS, 40) != draws(Sampler(1.0, 0, 1.0), LOGITS, 40)
 
 
+def test_draws_are_the_same_on_every_target(target: Target) -> None:
+    """A draw takes one number of the generator, whatever the target."""
+    for top_k in (0, 3):
+        sampler = Sampler(1.0, top_k, 0.9, seed=5)
+        got = [sampler.choose(target, target.put(LOGITS)) for _ in range(20)]
+        assert got == draws(Sampler(1.0, top_k, 0.9, seed=5), LOGITS, 20)
+
+
+def test_a_sampler_goes_from_model_to_model(target: Target) -> None:
+    sampler = Sampler(0)
+    for logits in (LOGITS, LOGITS[:3], LOGITS):
+        assert sampler.choose(target, target.put(logits.copy())) == int(np.argmax(logits))
+        assert sampler.choose(CpuTarget(), logits) == int(np.argmax(logits))
+
+
 def test_large_logits_do_not_overflow() -> None:
     logits = np.array([3e38, -3e38, 3e38], np.float32)
     assert set(draws(Sampler(0.5, 0, 1.0, seed=1), logits, 50)) == {0, 2}

@@ -90,10 +90,8 @@ def test_cpu_arrays_are_aligned_and_are_host_memory() -> None:
     target.synchronize()
 
 
-def test_device_arrays_are_no_host_memory() -> None:
-    if not cuda_is_usable():
-        pytest.skip("needs a CUDA device or NUMBA_ENABLE_CUDASIM=1 NUMBA_DISABLE_JIT=1")
-    target = CudaTarget()
+def test_device_arrays_are_no_host_memory(cuda_target: CudaTarget) -> None:
+    target = cuda_target
     assert target.host_view(target.empty(4, np.uint8)) is None
     target.synchronize()
 

@@ -1,0 +1,72 @@
+"""Decode passes launched as one graph, where everything they need stays in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from atlas.cuda_graph import CudaGraph, GraphUnavailableError
+from atlas.device_cache import DeviceCache
+from atlas.target import CudaTarget
+
+
+class DecodeGraph:
+    """Runs the same pass again and again: kernel by kernel at first, then as a captured graph.
+
+    A pass is captured when it has run once and all shards are resident for good; until then, and
+    where there are no graphs, its kernels are launched one by one.
+
+    Parameters
+    ----------
+    target, cache
+        Where it runs, and what its shards lie in.
+    work
+        Launches the pass's kernels; nothing in it may depend on what the host knows of the token.
+
+    Attributes
+    ----------
+    reason
+        Why passes are not replayed, or "" if they are.
+    """
+
+    def __init__(self, target: CudaTarget, cache: DeviceCache, work: Callable[[], None]) -> None:
+        self._target = target
+        self._cache = cache
+        self._work = work
+        self._graph: CudaGraph | None = None
+        self._generation = 0  # of arguments on the device, when the pass last ran
+        self._hits = 0  # of a pass
+        self._is_available = True
+        self.reason = "no pass has been captured yet"
+
+    def run(self) -> None:
+        """Run the pass once."""
+        if not (self._is_available and self._cache.is_complete):
+            self._graph = None
+            self._work()
+            return
+        if self._generation != self._target.n_argument_generations:
+            # New arguments have to be written first, which may itself begin a new generation.
+            self._graph = None
+            self._generation = self._target.n_argument_generations
+            self._work()
+            return
+        if self._graph is None and not self._capture():
+            self._work()
+            return
+        assert self._graph is not None
+        self._graph.launch()
+        self._cache.count_hits(self._hits)
+
+    def _capture(self) -> bool:
+        hits = self._cache.hits
+        try:
+            self._graph = CudaGraph(self._target, self._work)
+        except GraphUnavailableError as error:
+            self._is_available = False
+            self.reason = str(error)
+        else:
+            self.reason = ""
+        # Nothing has run: the uses of shards that were counted on the way are those of one pass.
+        self._hits = self._cache.hits - hits
+        self._cache.count_hits(-self._hits)
+        return self._graph is not None

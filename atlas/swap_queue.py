@@ -1,0 +1,263 @@
+"""Swaps of a GPU's cache, queued: the host says what is wanted, kernels do it in stream order.
+
+    planning stream    select: which of the wanted shards are missing, and what makes room
+    moving stream      gather: copy, check, publish; behind the compute that used what makes room
+    compute stream     behind the gather that brought the last shard it needs
+
+Shards that lie in host memory for good need no more of the host. For others (`atlas.host_tier`) it
+waits for the list of what is missing, reads that from the file, and then queues the gather.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numba import config
+
+from atlas.host_store import FileStore
+from atlas.host_tier import HostTier
+from atlas.ops.gather import gather
+from atlas.ops.paged import PageCache
+from atlas.ops.scrub import N_CURSOR, scrub
+from atlas.ops.select import select
+from atlas.ops.swap_state import (
+    FAULT_KIND,
+    FAULT_NUMBER,
+    FAULT_PAGE,
+    FAULT_SCRUB,
+    MAX_INCOMING,
+    N_COUNTS,
+    N_FAULT,
+    N_IN,
+    N_RECORDS,
+    TICK,
+    new_swap_state,
+    replan,
+)
+from atlas.target import CudaTarget
+from forge.errors import GGUFShardError
+from forge.pages import PAGE_BYTES
+
+#: Blocks of a gather. Each has sixteen pages on the way: eight blocks have 512 KiB, four times what
+#: a bus of 64 GB/s with 2 us of latency holds, and leave the other processors of a card to compute.
+GATHER_BLOCKS = 1 if config.ENABLE_CUDASIM else 8
+_N_EVENTS = 64  # gathers to put compute behind; behind a later one than needed if it is longer ago
+_N_LISTS = 1 << 16
+
+
+class SwapQueue:
+    """Selects and gathers on their streams.
+
+    Parameters
+    ----------
+    target
+        The GPU.
+    store
+        The file.
+    pages
+        Frames and table, the latter all -1.
+    host
+        The tier that shards come from.
+    ranks
+        uint8 [n_shards], the order in which shards are given up.
+    newest_first
+        Direction of the policy.
+
+    Attributes
+    ----------
+    state
+        What the kernels work on (`atlas.ops.swap_state`).
+    tick
+        Selects queued so far.
+    """
+
+    def __init__(
+        self,
+        target: CudaTarget,
+        store: FileStore,
+        pages: PageCache,
+        host: HostTier,
+        ranks: np.ndarray,
+        newest_first: bool,
+    ) -> None:
+        n_shards = len(ranks)
+        self.target = target
+        self.store = store
+        self.pages = pages
+        self.host = host
+        self.newest_first = newest_first
+        self.tick = 0
+        self._page_crc32 = target.put(store.model.page_crc32)
+        self._numbers = target.put(np.arange(n_shards, dtype=np.int32))
+        self._fault = target.mapped(N_FAULT, np.uint32)
+        self._fault.host[:] = 0
+        self._host_address = target.put(np.zeros(n_shards, np.uint64))
+        n_frames = max(pages.frames.size // store.shard_bytes, 1)
+        self.state = new_swap_state(target, n_frames, ranks, self._host_address, self._fault)
+        self._cursor = target.full(N_CURSOR, 0, np.int64)
+        self._planning, self._moving = target.new_stream(), target.new_stream()
+        self._gathered: deque[tuple[int, Any]] = deque(maxlen=_N_EVENTS)  # the latest gathers
+        self._waited = -1  # compute is behind the gather of this tick
+        self._loans: deque[tuple[Any, list[int]]] = deque()
+        self._lists: dict[tuple[int, ...], Any] = {}
+
+    def publish_addresses(self) -> None:
+        """Tell the kernels which shards lie in host memory for good."""
+        self.target.write(self._host_address, self.host.addresses)
+
+    def compute_so_far(self) -> Any:
+        """An event: all compute that has been launched until now."""
+        return self._event(self.target.stream)
+
+    def queue(self, shards: Sequence[int], kind: int, lag: int, n_kept_free: int, used: Any) -> int:
+        """Queue one select and its gather.
+
+        Parameters
+        ----------
+        shards
+            What is wanted, at most `MAX_INCOMING`.
+        kind
+            What it is counted as (`atlas.ops.select`).
+        lag
+            Whatever was wanted by the `lag` selects before this one is not given up.
+        n_kept_free
+            Frames that are to be free behind it.
+        used
+            The compute that must be over before anything is given up.
+
+        Returns
+        -------
+        int
+            The tick of the select, for `put_compute_behind`.
+        """
+        tick = self.tick
+        self.tick += 1
+        if len(self._gathered) >= N_RECORDS:
+            self._gathered[-N_RECORDS][1].wait(self._planning)  # its record is overwritten
+        select(
+            self.target, self.state, self._list(shards), lag, n_kept_free, self.newest_first, kind,
+            self._planning,
+        )  # fmt: skip
+        lent = self._lend_missing(shards, tick)
+        self._event(self._planning).wait(self._moving)
+        used.wait(self._moving)
+        gather(
+            self.target, self.state, self.pages, self._page_crc32, self.store.n_pages,
+            GATHER_BLOCKS, self._moving,
+        )  # fmt: skip
+        gathered = self._event(self._moving)
+        self._gathered.append((tick, gathered))
+        if lent:
+            self._loans.append((gathered, lent))
+        return tick
+
+    def put_compute_behind(self, tick: int) -> None:
+        """Let what is launched from now on wait for the gather of a tick."""
+        if tick <= self._waited:
+            return
+        for gathered_tick, event in self._gathered:
+            if gathered_tick >= tick:
+                event.wait(self.target.stream)
+                self._waited = gathered_tick
+                return
+
+    def scrub(self, n_pages: int) -> None:
+        """Queue a check of the next `n_pages` pages of the pool, between gathers."""
+        scrub(
+            self.target, self.state, self.pages, self._page_crc32, self.store.n_pages, n_pages,
+            self._cursor, GATHER_BLOCKS, self._moving,
+        )  # fmt: skip
+
+    def take_fault(self) -> GGUFShardError | None:
+        """What a swap has found, as an error, once; None if all is well. Behind a fault all that is
+        queued does nothing until `recover`."""
+        kind, number = (int(self._fault.host[i]) for i in (FAULT_KIND, FAULT_NUMBER))
+        if kind == 0:
+            return None
+        self.target.synchronize()
+        self._fault.host[:] = 0
+        if kind == FAULT_PAGE:
+            return self.store.corrupt_page(number, self._found(number))
+        if kind == FAULT_SCRUB:
+            return self.store.corrupt_page(number, self._take_out(number))
+        return GGUFShardError(f"the pool has no room for shard {number} beside those in use")
+
+    def recover(self) -> None:
+        """Plan anew from what is published; nothing may be under way."""
+        replan(self.target, self.state, self.pages.table)
+        self.tick = int(self.target.get(self.state.state)[TICK])
+        self._waited = self.tick - 1
+        self._gathered.clear()
+        while self._loans:
+            self.host.take_back(self._loans.popleft()[1])
+
+    def _lend_missing(self, shards: Sequence[int], tick: int) -> list[int]:
+        """Bring what the device lacks into host memory, unless it is there for good."""
+        if self.host.addresses[list(shards)].all():
+            return []
+        while len(self._loans) > 1:
+            event, lent = self._loans.popleft()
+            event.synchronize()
+            self.host.take_back(lent)
+        record = tick % N_RECORDS
+        counts = self._fetch(self.state.counts[record * N_COUNTS : (record + 1) * N_COUNTS])
+        first = record * MAX_INCOMING
+        incoming = self._fetch(self.state.incoming[first : first + int(counts[N_IN])]).tolist()
+        lent = [s for s in incoming if not self.host.addresses[s]]
+        if lent:
+            sources = self.host.addresses[incoming]
+            sources[sources == 0] = self.host.lend(lent)
+            place = self.state.sources[first : first + len(incoming)]
+            place.copy_to_device(sources, stream=self._planning)
+            self._planning.synchronize()
+        return lent
+
+    def _fetch(self, array: Any) -> np.ndarray:
+        """A host copy of what a select has written."""
+        host = array.copy_to_host(stream=self._planning)
+        self._planning.synchronize()
+        return host
+
+    def _list(self, shards: Sequence[int]) -> Any:
+        """A device array of shard numbers; lists recur in every pass, and most count upwards."""
+        key = tuple(shards)
+        if key not in self._lists:
+            if len(self._lists) == _N_LISTS:
+                self._lists.clear()
+            first, n = key[0], len(key)
+            if key == tuple(range(first, first + n)):
+                self._lists[key] = self._numbers[first : first + n]
+            else:
+                self._lists[key] = self.target.put(np.array(key, np.int32))
+        return self._lists[key]
+
+    def _event(self, stream: Any) -> Any:
+        """An event at the present end of a stream."""
+        event = self.target.event()
+        event.record(stream)
+        return event
+
+    def _take_out(self, page: int) -> np.ndarray:
+        """A resident page that does not hold; its shard is taken out of the table, and brought in
+        again when it is wanted."""
+        shard, slot = divmod(page, self.store.shard_pages)
+        table = self.pages.table.copy_to_host()
+        start = (int(table[shard]) * self.store.shard_pages + slot) * PAGE_BYTES
+        content = self.pages.frames[start : start + PAGE_BYTES].copy_to_host()
+        table[shard] = -1
+        self.target.write(self.pages.table, table)
+        return content
+
+    def _found(self, page: int) -> np.ndarray:
+        """A page that did not hold, as it is in host memory or, if it has gone from there, in the
+        file."""
+        there = self.host.page(page)
+        if there is not None:
+            return there.copy()
+        shard, slot = divmod(page, self.store.shard_pages)
+        buffer = np.zeros(self.store.shard_bytes, np.uint8)
+        self.store.read_shard(shard, buffer)
+        return buffer.reshape(-1, PAGE_BYTES)[slot]

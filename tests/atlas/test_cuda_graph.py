@@ -1,0 +1,98 @@
+"""Graphs: captured passes do what passes do, and are captured only when they can be.
+
+On a GPU these are real graphs; in the simulator launches are recorded and repeated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numba import types
+
+from atlas.cuda_graph import CudaGraph, GraphUnavailableError
+from atlas.infer.generate import generate
+from atlas.infer.model import LlamaModel
+from atlas.infer.sampling import Sampler
+from atlas.ops.kernel import kernel
+from atlas.target import CpuTarget, CudaTarget, Target
+from forge.sharded_model import ShardedModel
+from forge.sizes import Size
+from tests.llama_factory import LlamaShape, shard_llama
+
+pytestmark = pytest.mark.cuda
+
+
+@kernel(types.float32[::1], types.float32)
+def count_kernel(x, step):
+    x[0] += step
+
+
+def test_nothing_runs_while_it_is_captured_and_all_of_it_when_it_is_launched() -> None:
+    target = CudaTarget()
+    x = target.full(1, 1, np.float32)
+
+    def work() -> None:
+        count_kernel.launch(target, 1, 1, x, 0.5)
+        count_kernel.launch(target, 1, 1, x, 2.0)
+
+    work()
+    assert target.get(x)[0] == 3.5
+    graph = CudaGraph(target, work)
+    assert target.get(x)[0] == 3.5
+    graph.launch()
+    graph.launch()
+    assert target.get(x)[0] == 8.5
+
+
+def test_arguments_must_be_on_the_device() -> None:
+    target = CudaTarget()
+    x = target.full(1, 0, np.float32)
+    with pytest.raises(GraphUnavailableError, match="not on the device yet"):
+        CudaGraph(target, lambda: count_kernel.launch(target, 1, 1, x, 1.0))
+    count_kernel.launch(target, 1, 1, x, 1.0)  # and it goes on one by one
+    assert target.get(x)[0] == 1
+
+
+def run(map_path: Path, target: Target, budget: float) -> tuple[list[int], LlamaModel, int]:
+    """Tokens, the closed model, and the shards that decoding found resident."""
+    with LlamaModel(
+        ShardedModel(map_path), target, Size(fraction=budget), n_context=16, policy="pin"
+    ) as model:
+        result = generate(model, [1, 2, 3], 6, Sampler(temperature=0))
+        return result.tokens, model, result.decode_stats.reuse_hits
+
+
+def test_passes_are_replayed_once_everything_is_resident(tmp_path: Path) -> None:
+    _, map_path = shard_llama(tmp_path, LlamaShape(n_layer=1), per_shard=4)
+    expected, _, hits = run(map_path, CpuTarget(), 1.0)
+    target = CudaTarget()
+    tokens, model, replayed_hits = run(map_path, target, 1.0)
+    assert tokens == expected
+    assert model.decode_graph is not None and model.decode_graph.reason == ""
+    assert replayed_hits == hits  # replayed uses are counted like the others
+    n_launches = target.n_launches
+    target = CudaTarget()
+    tokens, model, _ = run(map_path, target, 0.5)
+    assert tokens == expected
+    assert model.decode_graph is not None and model.decode_graph.reason != ""
+    assert n_launches < target.n_launches
+
+
+def test_new_arguments_void_a_graph(tmp_path: Path) -> None:
+    _, map_path = shard_llama(tmp_path, LlamaShape(n_layer=1), per_shard=4)
+    expected, _, _ = run(map_path, CpuTarget(), 1.0)
+    target = CudaTarget()
+    with LlamaModel(ShardedModel(map_path), target, Size(fraction=1.0), n_context=16) as model:
+        sampler, logits, tokens = Sampler(temperature=0), model.forward([1, 2, 3]), []
+        for i in range(6):
+            tokens.append(sampler.choose(target, logits))
+            if i in (2, 4):  # as when the room for arguments is full
+                target._n_words = target._arguments.size
+                target.write(model._frequencies, target.get(model._frequencies))
+                count_kernel.launch(target, 1, 1, target.full(1, 0, np.float32), float(i))
+            if i < 5:
+                logits = model.forward([tokens[-1]])
+    assert tokens == expected
+    assert target.n_argument_generations == 3

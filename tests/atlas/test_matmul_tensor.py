@@ -1,0 +1,170 @@
+"""Products on tensor cores against sums in float64, within what rounding may cost.
+
+In the simulator `mma.sync` is emulated and tiles are small; the tiles of a GPU have a test of their
+own. On a GPU without tensor cores nothing here runs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Q
+from numba import config
+
+from atlas.ops import matmul_tensor as op
+from atlas.ops.matmul import matmul
+from atlas.ops.round_tokens import GROUP, words_of_group
+from atlas.target import CudaTarget, Target
+from forge.block_layouts import MEMORY_LAYOUTS
+from tests import naive
+from tests.paged_matrix import Sample, sample
+
+TYPES = [Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q5_0, Q.Q4_K, Q.Q5_K, Q.Q6_K]
+SLICES_OF_PLAIN = 96  # columns of F16 and BF16 matrices: three slices, and page ends inside
+
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture
+def target() -> CudaTarget:
+    """A target with tensor cores."""
+    target = CudaTarget()
+    if config.ENABLE_CUDASIM:
+        target.has_tensor_cores = True
+    elif not target.has_tensor_cores:
+        pytest.skip("needs a GPU of compute capability 8.0 or more")
+    return target
+
+
+def matrix(target: Target, ggml_type: Q, memory_layout: str = "column_major") -> Sample:
+    is_plain = ggml_type in (Q.F16, Q.BF16)
+    return sample(target, ggml_type, memory_layout, SLICES_OF_PLAIN if is_plain else None)
+
+
+def tokens(n_tokens: int, s: Sample) -> np.ndarray:
+    return np.random.default_rng(n_tokens).standard_normal((n_tokens, s.matrix.n_cols), np.float32)
+
+
+def product(
+    target: Target, s: Sample, x: np.ndarray, begin: int, end: int, scratch_words: int = 0
+) -> np.ndarray:
+    """Rows `begin` to `end` - 1 of y; the others are checked to be as they were."""
+    words = scratch_words or len(x) * words_of_group(s.matrix.n_cols)
+    y = target.full((len(x), s.matrix.n_rows + 1), np.nan, np.float32)
+    scratch = target.full(words, np.nan, np.float32)
+    cache = s.with_resident(target, begin, end)
+    matmul(target, y, cache, s.matrix, target.put(x), begin, end, scratch)
+    result = target.get(y)
+    assert np.isnan(result[:, :begin]).all()
+    assert np.isnan(result[:, end:]).all()
+    return result[:, begin:end]
+
+
+def assert_within_bound(s: Sample, result: np.ndarray, x: np.ndarray, begin: int, end: int) -> None:
+    rows = s.weights[begin:end]
+    is_bfloat = s.matrix.ggml_type == Q.BF16
+    for row, token in zip(result, x, strict=True):
+        error = np.abs(row - naive.matvec(rows, token))
+        assert np.all(error <= naive.tensor_core_bound(rows, token, is_bfloat))
+
+
+def check(
+    target: Target, s: Sample, n_tokens: int, begin: int, end: int, scratch_words: int = 0
+) -> None:
+    x = tokens(n_tokens, s)
+    assert_within_bound(s, product(target, s, x, begin, end, scratch_words), x, begin, end)
+
+
+@pytest.mark.parametrize("memory_layout", MEMORY_LAYOUTS)
+@pytest.mark.parametrize("ggml_type", TYPES, ids=lambda kind: kind.name)
+def test_every_type_across_pages(target: CudaTarget, ggml_type: Q, memory_layout: str) -> None:
+    s = matrix(target, ggml_type, memory_layout)
+    crossing = s.matrix.layout.per_page // s.matrix.blocks_per_row
+    begin = max(crossing - 2, 0)
+    check(target, s, 3, begin, begin + 5)
+    assert s.matrix.pages_of_rows(begin, begin + 5).stop - s.matrix.first_page > 1
+
+
+@pytest.mark.parametrize("n_tokens", [2, 7, 8, 9, 15, 16, 17, 33])
+def test_any_number_of_tokens(target: CudaTarget, n_tokens: int) -> None:
+    check(target, matrix(target, Q.Q8_0), n_tokens, 1, 6)
+
+
+@pytest.mark.parametrize("n_rows", [1, 15, 16, 17])
+def test_any_number_of_rows(target: CudaTarget, n_rows: int) -> None:
+    check(target, matrix(target, Q.Q4_0), 2, 3, 3 + n_rows)
+
+
+@pytest.mark.parametrize("ggml_type", [Q.Q8_0, Q.Q6_K, Q.BF16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("number", [0, 1], ids=["wide", "narrow"])
+def test_either_tile(
+    target: CudaTarget, monkeypatch: pytest.MonkeyPatch, number: int, ggml_type: Q
+) -> None:
+    """More than one tile both ways, but of the type that takes long to emulate."""
+    monkeypatch.setattr(op, "MIN_WIDE_TILES", number * 1000)
+    s, tile = matrix(target, ggml_type), op.TILES[number]
+    n_tokens, n_rows = (2, 3) if ggml_type == Q.Q6_K else (tile.tokens + 1, tile.rows + 1)
+    check(target, s, n_tokens, 0, min(n_rows, s.matrix.n_rows))
+
+
+@pytest.mark.parametrize("tile", [op.WIDE, op.NARROW], ids=str)
+def test_tiles_of_a_gpu(target: CudaTarget, monkeypatch: pytest.MonkeyPatch, tile: op.Tile) -> None:
+    """What the simulator's small tiles stand for, once over a few columns."""
+    monkeypatch.setattr(op, "TILES", (tile, tile))
+    kernel = op.tensor_kernel(Q.F16, tile)
+    monkeypatch.setitem(op._KERNELS, (Q.F16, tile), kernel)
+    s = sample(target, Q.F16, "column_major", 32)
+    x = tokens(20, s)
+    assert_within_bound(s, product(target, s, x, 0, 61), x, 0, 61)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_passes_where_scratch_is_short(target: CudaTarget, groups: int) -> None:
+    s = matrix(target, Q.Q8_0)
+    words = groups * words_of_group(s.matrix.n_cols)
+    check(target, s, groups * GROUP + 1, 0, 3, words + 5)
+
+
+def test_plain_product_where_scratch_is_too_short(target: CudaTarget) -> None:
+    s = matrix(target, Q.Q8_0)
+    x = tokens(2, s)
+    result = product(target, s, x, 0, 3, words_of_group(s.matrix.n_cols) - 1)
+    assert_is_float32_product(s, result, x, 3)
+
+
+@pytest.mark.parametrize("ggml_type", [Q.F32, Q.F16], ids=lambda kind: kind.name)
+def test_plain_product_of_what_does_not_fit(target: CudaTarget, ggml_type: Q) -> None:
+    """F32 loses too much, and rows of 117 elements are no whole slices."""
+    s = sample(target, ggml_type, "column_major")
+    x = tokens(2, s)
+    assert_is_float32_product(s, product(target, s, x, 0, 3), x, 3)
+
+
+def assert_is_float32_product(s: Sample, result: np.ndarray, x: np.ndarray, end: int) -> None:
+    for row, token in zip(result, x, strict=True):
+        bound = 2e-6 * naive.matvec(np.abs(s.weights[:end]), np.abs(token))
+        assert np.all(np.abs(row - naive.matvec(s.weights[:end], token)) <= bound)
+
+
+@pytest.mark.parametrize("ggml_type", [Q.Q8_0, Q.BF16], ids=lambda kind: kind.name)
+def test_tokens_of_any_magnitude(target: CudaTarget, ggml_type: Q) -> None:
+    """Far beyond float16 at both ends, each token beside others of another magnitude."""
+    s = matrix(target, ggml_type)
+    magnitudes = np.array([1e-30, 7e4, 1e30, 1, 0], np.float32)
+    x = tokens(len(magnitudes), s) * magnitudes[:, None]
+    x[3, 0] = 65520  # the least that is infinite as float16
+    result = product(target, s, x, 0, 4)
+    assert np.isfinite(result).all()
+    assert_within_bound(s, result, x, 0, 4)
+    assert np.all(result[4] == 0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_with_its_token(target: CudaTarget, value: float) -> None:
+    s = matrix(target, Q.Q8_0)
+    x = tokens(3, s)
+    x[1, 5] = value
+    result = product(target, s, x, 0, 4)
+    assert not np.isfinite(result[1]).any()
+    assert_within_bound(s, result[[0, 2]], x[[0, 2]], 0, 4)

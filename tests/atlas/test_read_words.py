@@ -1,0 +1,51 @@
+"""Reading memory for its bandwidth: every word counts; and the stopwatch runs what it times."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from atlas.ops.read_words import MAX_WORDS, N_PARTS, read_words
+from atlas.ops.stopwatch import Stopwatch
+from atlas.target import CudaTarget, Target
+
+# Nothing, one load, one short of a round of the simulator's two blocks of 64 threads, a round of
+# four loads a thread, and one more.
+SIZES = (0, 4, 508, 512, 516, 2044, 2048, 2052, 5000)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_every_word_is_read(target: Target, n: int) -> None:
+    words = np.random.default_rng(n).integers(0, 1 << 32, n, dtype=np.uint32)
+    parts = target.full(N_PARTS, 0xDEADBEEF, np.uint32)
+    read_words(target, target.put(words), parts)
+    assert np.bitwise_xor.reduce(target.get(parts)) == np.bitwise_xor.reduce(words)
+
+
+def test_what_the_kernel_would_trust_is_checked(target: Target) -> None:
+    parts = target.full(N_PARTS, 0, np.uint32)
+    with pytest.raises(ValueError, match=f"words: 6, want a multiple of 4 up to {MAX_WORDS}"):
+        read_words(target, target.full(6, 0, np.uint32), parts)
+    with pytest.raises(ValueError, match="parts has shape"):
+        read_words(target, target.full(8, 0, np.uint32), target.full(N_PARTS - 1, 0, np.uint32))
+    with pytest.raises(TypeError, match="words has dtype int32"):
+        read_words(target, target.full(8, 0, np.int32), parts)
+
+
+def test_stopwatch_on_cuda_runs_the_work_once_and_waits(cuda_target: CudaTarget) -> None:
+    target = cuda_target
+    words = target.put(np.arange(1024, dtype=np.uint32))
+    parts = target.full(N_PARTS, 0xDEADBEEF, np.uint32)
+    stopwatch = Stopwatch(target)
+    calls: list[int] = []
+
+    def work() -> None:
+        calls.append(1)
+        read_words(target, words, parts)
+
+    seconds = stopwatch.seconds(work)
+    assert math.isnan(seconds) if target.name == "cuda-simulator" else seconds > 0
+    assert calls == [1]
+    assert np.bitwise_xor.reduce(target.get(parts)) == np.bitwise_xor.reduce(np.arange(1024))
