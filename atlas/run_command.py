@@ -95,13 +95,17 @@ def _facts(
     if passes:
         read, moved = decode.accesses * shard_bytes / passes, decode.bytes_moved / passes
         limit = decode_limit(read, moved, memory, link)
+
+    def timed(value: float) -> float | None:
+        return value if model.target.has_clock else None
+
     return {
         "prompt_tokens": prompt,
         "tokens": result.tokens,
         "text": text,
-        "tokens_per_second": result.tokens_per_second,
-        "prompt_tokens_per_second": len(prompt) / result.prompt_seconds,
-        "time_to_first_token_s": result.first_token_seconds,
+        "tokens_per_second": timed(result.tokens_per_second),
+        "prompt_tokens_per_second": timed(len(prompt) / result.prompt_seconds),
+        "time_to_first_token_s": timed(result.first_token_seconds),
         "target": model.target.name,
         "policy": atlas.plan.policy,
         "budget_bytes": atlas.budget_bytes,
@@ -111,7 +115,7 @@ def _facts(
         "demand_misses": prompt_phase.demand_misses + decode.demand_misses,
         "bytes_per_token": phase.bytes_moved / n_tokens,
         "bytes_filled": atlas.stats.bytes_filled,
-        "link_gb_per_s": phase.bytes_moved / seconds / 1e9 if seconds else 0.0,
+        "link_gb_per_s": timed(phase.bytes_moved / seconds / 1e9 if seconds else 0.0),
         "link_bandwidth_gb_per_s": link / 1e9 if link is not None else None,
         "memory_bandwidth_gb_per_s": memory / 1e9 if memory is not None else None,
         # Null where nothing was decoded, or nothing known bounds it: JSON has no infinity.
@@ -119,6 +123,8 @@ def _facts(
         "fraction_of_limit": result.tokens_per_second / limit if np.isfinite(limit) else None,
         "expected_reuse_ratio": atlas.expected_reuse_ratio,
         "frames": atlas.plan.n_frames,
+        # Null where there are no graphs, on the CPU target.
+        "is_replayed": None if model.decode_graph is None else not model.decode_graph.reason,
         "pages_checked": atlas.stats.pages_checked,
     }
 
@@ -144,18 +150,25 @@ def _summary(facts: dict[str, Any]) -> str:
         )
     expected = facts["expected_reuse_ratio"]
     theory = "" if expected is None else f" (once warm {100 * expected:.1f} % reuse expected)"
-    return "\n".join(
-        (
+    speed_text = f"{len(facts['tokens'])} tokens; in the simulator time means nothing"
+    link_used = "not measured"
+    if facts["tokens_per_second"] is not None:
+        speed_text = (
             f"{facts['tokens_per_second']:.2f} tokens/s ({len(facts['tokens'])} tokens), "
             f"prompt {facts['prompt_tokens_per_second']:.1f} tokens/s, "
-            f"first token after {facts['time_to_first_token_s']:.2f} s",
+            f"first token after {facts['time_to_first_token_s']:.2f} s"
+        )
+        link_used = f"{facts['link_gb_per_s']:.2f}"
+    return "\n".join(
+        (
+            speed_text,
             f"target {facts['target']}, policy {facts['policy']}, "
             f"budget {format_bytes(facts['budget_bytes'])}, "
             f"peak {format_bytes(facts['device_bytes_peak'])}",
             f"{', '.join(shares)}{theory}, "
             f"{format_bytes(facts['bytes_per_token'])} moved per token, "
             f"{facts['pages_checked']} pages checked",
-            f"link {facts['link_gb_per_s']:.2f} of {link_text} GB/s, {memory_text}: {limit_text}",
+            f"link {link_used} of {link_text} GB/s, {memory_text}: {limit_text}",
         )
     )
 

@@ -35,6 +35,11 @@ GOALS = (
     Goal("gpu-matvec", of_limit=0.75, type="Q8_0"),
     Goal("gpu-matvec", of_limit=0.6, type="Q4_0"),
     Goal("gpu-matmul", of_peer=0.35),
+    Goal("gpu-gather", of_limit=0.92),
+    Goal("gpu-gather", of_peer=0.97),  # the peer is the same without the check
+    Goal("gpu-select-publish", at_most=30.0),
+    Goal("gpu-streamed", of_limit=0.9),
+    Goal("gpu-streamed", of_peer=1.3),
 )
 
 

@@ -42,7 +42,7 @@ DESIGNED_KEYS = {
 }  # fmt: skip
 FURTHER_KEYS = {
     "bytes_filled", "link_bandwidth_gb_per_s", "memory_bandwidth_gb_per_s", "expected_reuse_ratio",
-    "frames",
+    "frames", "is_replayed",
 }  # fmt: skip
 
 
@@ -120,6 +120,7 @@ def test_json(tiny: tuple[NaiveLlama, Path], capsys: Capture) -> None:
     assert found["prompt_tokens"] == PROMPT
     assert found["tokens"] == naive.greedy(PROMPT, 6)
     assert (found["target"], found["policy"]) == ("cpu", "pin")
+    assert found["is_replayed"] is None
     assert found["device_bytes_peak"] <= found["budget_bytes"]
     accesses = found["reuse_hits"] + found["prefetch_hits"] + found["demand_misses"]
     assert 0 < found["reuse_hits"] < accesses

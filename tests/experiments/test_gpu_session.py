@@ -50,7 +50,10 @@ def test_a_dry_run_checks_every_section_and_writes_nothing(tmp_path: Path) -> No
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("right, 0 wrong\n")
-    for case in ("gpu-bandwidth", "gpu-launch", "gpu-crc32", "gpu-matvec", "gpu-matmul"):
+    for case in (
+        "gpu-bandwidth", "gpu-launch", "gpu-crc32", "gpu-matvec", "gpu-matmul", "gpu-swap",
+        "gpu-gather", "gpu-select-publish", "gpu-decode", "gpu-prefill", "gpu-streamed",
+    ):  # fmt: skip
         assert f"right: {case}: " in done.stdout
     for type_name in GPU.types:
         assert f"right: gpu-matmul: type {type_name}, " in done.stdout
@@ -121,9 +124,7 @@ def test_no_section_is_begun_when_time_is_up(monkeypatch: pytest.MonkeyPatch) ->
     assert bench.wrong == ["late: not begun after 0 s"]
 
 
-@pytest.mark.parametrize(
-    ("code", "is_right"), [(0, True), (gpu_session._NO_TESTS, True), (1, False)]
-)
+@pytest.mark.parametrize(("code", "is_right"), [(0, True), (5, False), (1, False)])
 def test_gpu_tests_count(code: int, is_right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
@@ -135,7 +136,7 @@ def test_gpu_tests_count(code: int, is_right: bool, monkeypatch: pytest.MonkeyPa
     bench = make_bench(is_rehearsal=False)
     assert gpu_session.gpu_tests(bench) == []
     assert "gpu" in commands[0]
-    assert (bench.right if is_right else bench.wrong) == ["pytest -m gpu: 3 passed in 1 s"]
+    assert (bench.right if is_right else bench.wrong) == ["tests: 3 passed in 1 s"]
 
 
 def test_without_a_gpu_there_is_one_line(
