@@ -8,6 +8,7 @@ from atlas.frame_pool import frame_cost_bytes, pool_overhead_bytes
 from atlas.ops.crc32_tables import TABLE_WORDS
 from atlas.ops.swap_state import swap_state_bytes
 from atlas.swap import N_LANES, lane_bytes
+from atlas.swap_queue import LIST_BYTES
 from atlas.target import ARGUMENT_BYTES
 from forge.pages import PAGE_BYTES
 from forge.sgmap import ShardMap
@@ -89,4 +90,4 @@ def cache_cost_bytes(shard_map: ShardMap, on_device: bool) -> tuple[int, int]:
     state = swap_state_bytes(n_shards, 0)
     # Beside that: the published table, numbers and host addresses of shards, the CRCs, and tables.
     fixed = state + n_shards * (4 + 4 + 8) + n_pages * 4 + ARGUMENT_BYTES + TABLE_WORDS * 4
-    return fixed + _SCRATCH_BYTES, shard_bytes + swap_state_bytes(n_shards, 1) - state
+    return fixed + LIST_BYTES + _SCRATCH_BYTES, shard_bytes + swap_state_bytes(n_shards, 1) - state

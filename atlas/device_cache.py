@@ -34,6 +34,7 @@ from atlas.swap_queue import SwapQueue
 from atlas.target import CudaTarget
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES
+from forge.progress import progress_bar
 from forge.sizes import Size
 
 
@@ -68,7 +69,7 @@ class DeviceCache:
     is_complete
         Whether everything is resident and nothing moves any more.
     hits
-        Uses of resident shards while that is so.
+        Uses of resident shards that no select has counted.
 
     Raises
     ------
@@ -106,6 +107,7 @@ class DeviceCache:
         self._wanted: dict[int, int] = {}  # band and window: the tick that asked for each
         self._recent: dict[int, int] = {}  # all that was asked for since the oldest of those
         self._window: list[int] = []
+        self._ahead: set[int] = set()  # asked for ahead, not yet used
         self._current: tuple[int, int] | None = None
         self._stats = CacheStats()
         self.hits = 0
@@ -138,9 +140,12 @@ class DeviceCache:
             self._window = self.schedule.after(last, self.plan.distance) or self._window
             kept = {*band, *self._window}
             self._wanted = {s: t for s, t in self._wanted.items() if s in kept}
+            self._count_used_again(band)
             used = self.queue.compute_so_far()
             self._want([s for s in band if s not in self._wanted], DEMAND, used)
-            self._want([s for s in self._window if s not in self._wanted], AHEAD, used)
+            ahead = [s for s in self._window if s not in self._wanted]
+            self._want(ahead, AHEAD, used)
+            self._ahead.update(ahead)
             self.queue.put_compute_behind(max(self._wanted[s] for s in band))
             self._current = (first, last)
 
@@ -163,7 +168,7 @@ class DeviceCache:
             kept = set(self._wanted)
             self._refresh([s for s in wanted if before[s] >= 0])
             try:
-                self._want(missing, DEMAND, self.queue.compute_so_far())
+                self._want(missing, UNCOUNTED, self.queue.compute_so_far())
                 self.target.synchronize()
                 self.check()
             except GGUFShardError:
@@ -173,7 +178,8 @@ class DeviceCache:
 
     @property
     def stats(self) -> CacheStats:
-        """Counts so far, fetched from the device."""
+        """Counts of all that has been queued, fetched from the device once it is done."""
+        self.target.synchronize()  # what has been asked for ahead runs beside compute
         state = self.target.get(self.queue.state.state)
         n_pages = int(state[PAGES_IN])
         stats = self._stats
@@ -217,6 +223,15 @@ class DeviceCache:
 
     # The window
 
+    def _count_used_again(self, band: range) -> None:
+        """Count uses that no select counts: of shards that have not left the window since they were
+        used before."""
+        self._ahead &= self._wanted.keys()
+        first, last = self._current or (0, -1)
+        again = [s for s in band if s in self._wanted and s not in self._ahead]
+        self.hits += sum(not first <= s <= last for s in again)
+        self._ahead.difference_update(band)
+
     def _want(self, shards: Sequence[int], kind: int, used: Any) -> None:
         """Queue swaps for shards that are not in the window yet, and enter them into it; `used` is
         the compute that must be over before anything is given up."""
@@ -227,6 +242,7 @@ class DeviceCache:
             if self._is_crowded(part):
                 self._refresh([])
             self._enter(part, kind, self._kept_free, used)
+            self._stats.swaps += 1
 
     def _enter(self, shards: Sequence[int], kind: int, n_kept_free: int, used: Any) -> None:
         lag = self.queue.tick - self._oldest()
@@ -238,8 +254,6 @@ class DeviceCache:
             raise
         for shard in shards:
             self._wanted[shard] = self._recent[shard] = tick
-        if kind != UNCOUNTED:
-            self._stats.swaps += 1
 
     def _oldest(self) -> int:
         return min(self._wanted.values(), default=self.queue.tick)
@@ -273,19 +287,24 @@ class DeviceCache:
     def _fill(self, is_cached: np.ndarray, everything: bool) -> None:
         """Bring in what stays on the device, then what stays in host memory."""
         staying = is_cached if everything else is_cached & self._is_pinned
-        self._load(np.flatnonzero(staying).tolist())
+        self._load(np.flatnonzero(staying).tolist(), "device memory")
         self.is_complete = everything
         self.host.fill()
         self.queue.publish_addresses()
         n_pages = int(self.target.get(self.queue.state.state)[PAGES_IN])
         self._stats.bytes_filled = n_pages * PAGE_BYTES
 
-    def _load(self, shards: Sequence[int]) -> None:
-        """Bring in shards, of which any number may be pinned, and wait for them."""
+    def _load(self, shards: Sequence[int], label: str = "") -> None:
+        """Bring in shards, of which any number may be pinned, and wait for them; with a progress
+        bar if there is a label."""
         used = self.queue.compute_so_far()
-        for i in range(0, len(shards), self._part):
-            self._wanted.clear()
-            self._enter(shards[i : i + self._part], UNCOUNTED, self._kept_free, used)
+        shard_bytes = self.queue.store.shard_bytes
+        with progress_bar(len(shards) * shard_bytes, label, bool(label)) as advance:
+            for i in range(0, len(shards), self._part):
+                part = shards[i : i + self._part]
+                self._wanted.clear()
+                self._enter(part, UNCOUNTED, self._kept_free, used)
+                advance(len(part) * shard_bytes)
         self._wanted.clear()
         self._recent.clear()
         self.target.synchronize()
@@ -311,7 +330,7 @@ class DeviceCache:
     def _restore(self, before: np.ndarray) -> None:
         """Undo the parts of a swap that came before the one that failed."""
         self.target.synchronize()
-        table = self.target.get(self.pages.table)
+        table = self.target.fetch(self.pages.table)
         came = np.flatnonzero((table >= 0) & (before < 0))
         gone = np.flatnonzero((table < 0) & (before >= 0)).tolist()
         table[came] = -1

@@ -215,6 +215,8 @@ class Atlas:
 
         Raises
         ------
+        CorruptPageError
+            If one of its pages fails its check twice.
         GGUFShardError
             If the model has no such tensor, or its type cannot be dequantised.
         """
@@ -227,6 +229,8 @@ class Atlas:
             self.acquire(band)
             dequantise(self.target, out[band.begin : band.end], self.cache, w, band.begin, band.end)
         self.target.synchronize()
+        if isinstance(self.shard_cache, DeviceCache):
+            self.shard_cache.check()  # others may take what is returned as it lies there
         return out
 
     def rows(self, w: PagedMatrix, numbers: Iterable[int]) -> np.ndarray:
@@ -296,8 +300,8 @@ class Atlas:
         Raises
         ------
         CorruptPageError
-            If one does not hold any more; on a GPU with the next value that is fetched. Its shard
-            is given up, and brought in again when it is wanted next.
+            If one does not hold any more; on a GPU with a value that is fetched once that has been
+            found. Its shard is given up, and brought in again when it is wanted next.
         """
         if n_pages:
             self.shard_cache.scrub(n_pages)

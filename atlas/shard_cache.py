@@ -75,9 +75,7 @@ class ShardCache:
         self._demand = threading.Lock()  # taken before the other one: loads on demand, in turn
         self._lock = threading.Condition(threading.RLock())
         self._lanes = [Lane(pool.target, pool.frame_bytes) for _ in range(N_LANES)]
-        self._swapper = Swapper(
-            pool, store, self._lock, self.stats, self._victims_wanted, plan.newest_first
-        )
+        self._swapper = Swapper(pool, store, self._lock, self.stats, plan.newest_first)
         self._current: tuple[int, int] | None = None
         self._loading: set[int] = set()
         self._ahead: set[int] = set()  # prefetched, held, not yet used
@@ -322,7 +320,7 @@ class ShardCache:
         there. Returns those given up for them."""
         self._loading.update(shards)
         try:
-            evicted = self._swapper.load(lane, shards)
+            evicted = self._swapper.load(lane, shards, self._victims_wanted)
         finally:
             self._loading.difference_update(shards)
         self.pool.hold_each([s for s in shards if self._is_current(s)], +1)

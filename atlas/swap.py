@@ -50,8 +50,6 @@ class Swapper:
         resident.
     stats
         Counts to add to.
-    victims_wanted
-        Called with the lock held when shards have come in; how many residents should make room.
     newest_first
         Direction of the policy.
 
@@ -67,22 +65,31 @@ class Swapper:
         store: FileStore,
         changed: threading.Condition,
         stats: CacheStats,
-        victims_wanted: Callable[[], int],
         newest_first: bool,
     ) -> None:
         self.pool = pool
         self.store = store
         self.changed = changed
         self.stats = stats
-        self.victims_wanted = victims_wanted
         self.newest_first = newest_first
         self.in_flight = 0
         self.n_waiting = 0
 
-    def load(self, lane: Lane, shards: Sequence[int]) -> list[int]:
+    def load(
+        self, lane: Lane, shards: Sequence[int], victims_wanted: Callable[[], int]
+    ) -> list[int]:
         """Make up to `MAX_RESERVE` shards resident that are not; returns those given up for them.
 
         The caller holds the lock of `changed`; it is let go while reading and checking.
+
+        Parameters
+        ----------
+        lane
+            Room to work in.
+        shards
+            The shards.
+        victims_wanted
+            Called with the lock held when they have come in; how many residents should make room.
 
         Raises
         ------
@@ -102,7 +109,7 @@ class Swapper:
             elapsed = time.perf_counter() - started
             self.changed.acquire()
             held = True
-            n_victims = self.victims_wanted()
+            n_victims = victims_wanted()
             evicted = self.pool.publish(shards, frames, n_victims, self.newest_first)
         except BaseException:
             if not held:

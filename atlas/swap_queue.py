@@ -46,6 +46,8 @@ from forge.pages import PAGE_BYTES
 GATHER_BLOCKS = 1 if config.ENABLE_CUDASIM else 8
 _N_EVENTS = 64  # gathers to put compute behind; behind a later one than needed if it is longer ago
 _N_LISTS = 1 << 16
+_LIST_NUMBERS = 1 << 12  # of lists that do not count upwards, together
+LIST_BYTES = 4 * _LIST_NUMBERS
 
 
 class SwapQueue:
@@ -103,6 +105,8 @@ class SwapQueue:
         self._waited = -1  # compute is behind the gather of this tick
         self._loans: deque[tuple[Any, list[int]]] = deque()
         self._lists: dict[tuple[int, ...], Any] = {}
+        self._listed = target.empty(_LIST_NUMBERS, np.int32)
+        self._n_listed = 0
 
     def publish_addresses(self) -> None:
         """Tell the kernels which shards lie in host memory for good."""
@@ -188,7 +192,7 @@ class SwapQueue:
     def recover(self) -> None:
         """Plan anew from what is published; nothing may be under way."""
         replan(self.target, self.state, self.pages.table)
-        self.tick = int(self.target.get(self.state.state)[TICK])
+        self.tick = int(self.target.fetch(self.state.state)[TICK])
         self._waited = self.tick - 1
         self._gathered.clear()
         while self._loans:
@@ -228,11 +232,20 @@ class SwapQueue:
             if len(self._lists) == _N_LISTS:
                 self._lists.clear()
             first, n = key[0], len(key)
-            if key == tuple(range(first, first + n)):
-                self._lists[key] = self._numbers[first : first + n]
-            else:
-                self._lists[key] = self.target.put(np.array(key, np.int32))
+            counts_upwards = key == tuple(range(first, first + n))
+            numbers = self._numbers[first : first + n] if counts_upwards else self._write_list(key)
+            self._lists[key] = numbers
         return self._lists[key]
+
+    def _write_list(self, shards: Sequence[int]) -> Any:
+        if self._n_listed + len(shards) > _LIST_NUMBERS:
+            self.target.synchronize()  # selects that are queued still want the old ones
+            self._lists.clear()
+            self._n_listed = 0
+        place = self._listed[self._n_listed : self._n_listed + len(shards)]
+        self.target.write(place, np.array(shards, np.int32))
+        self._n_listed += len(shards)
+        return place
 
     def _event(self, stream: Any) -> Any:
         """An event at the present end of a stream."""
@@ -244,9 +257,9 @@ class SwapQueue:
         """A resident page that does not hold; its shard is taken out of the table, and brought in
         again when it is wanted."""
         shard, slot = divmod(page, self.store.shard_pages)
-        table = self.pages.table.copy_to_host()
+        table = self.target.fetch(self.pages.table)
         start = (int(table[shard]) * self.store.shard_pages + slot) * PAGE_BYTES
-        content = self.pages.frames[start : start + PAGE_BYTES].copy_to_host()
+        content = self.target.fetch(self.pages.frames[start : start + PAGE_BYTES])
         table[shard] = -1
         self.target.write(self.pages.table, table)
         return content

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from numba import config, cuda, get_num_threads, set_num_threads
 
 from forge.errors import GGUFShardError
 
-#: Device memory for the arguments of kernels.
-ARGUMENT_BYTES = (64 << 10) if config.ENABLE_CUDASIM else (1 << 20)
+#: Device memory for the arguments of kernels. A pass should find its own where the last one put
+#: them: 4 MiB hold those of 64,000 shards, by eights, a swap and a product for each eight.
+ARGUMENT_BYTES = (64 << 10) if config.ENABLE_CUDASIM else (4 << 20)
+_BLOCK_WORDS = 16  # of 8 bytes: a line of the GPU's caches
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
 # GNU OpenMP's threads spin for milliseconds at the end of every parallel loop. Where other work
@@ -30,6 +33,9 @@ _ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 # some microseconds they had better sleep. Read when the library is loaded, at the first loop.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+# Numba finds grids of less than 128 blocks worth a warning. Here they are meant.
+warnings.filterwarnings("ignore", r"Grid size \d+ will likely result in GPU under-utilization")
 
 if config.ENABLE_CUDASIM and not config.DISABLE_JIT:
     raise RuntimeError(
@@ -47,6 +53,8 @@ class Target:
         "cpu", "cuda" or "cuda-simulator".
     is_cuda
         Whether launchers run kernels (True) or loops.
+    has_clock
+        Whether the time that something takes means anything: in the simulator it does not.
     block
         Threads per block of the simple kernels.
     stream
@@ -59,6 +67,7 @@ class Target:
 
     name = "target"
     is_cuda = False
+    has_clock = True
     block = 1
     stream: Any = 0
     has_background = True
@@ -187,7 +196,7 @@ class CudaTarget(Target):
 
     name = "cuda-simulator" if config.ENABLE_CUDASIM else "cuda"
     is_cuda = True
-    has_clock = not config.ENABLE_CUDASIM  # whether the time that something takes means anything
+    has_clock = not config.ENABLE_CUDASIM
     # The simulator swaps module globals while a kernel runs: one thread at a time.
     has_background = not config.ENABLE_CUDASIM
     # Small in the simulator, where a thread is a thread of the host.
@@ -208,14 +217,20 @@ class CudaTarget(Target):
 
     def write(self, array: Any, host: np.ndarray) -> None:
         if host.size:  # the simulator compares the strides of empty arrays, which may differ
-            array.copy_to_device(np.ascontiguousarray(host), stream=self.stream)
+            source = np.ascontiguousarray(host)  # kept until the copy is over
+            array.copy_to_device(source, stream=self.stream)
             self.stream.synchronize()
 
     def get(self, array: Any) -> np.ndarray:
-        host = array.copy_to_host(stream=self.stream)
-        self.stream.synchronize()
+        host = self.fetch(array)
         for check in self.guards:
             check()
+        return host
+
+    def fetch(self, array: Any) -> np.ndarray:
+        """A host copy whatever the guards say: for those who put right what one has found."""
+        host = array.copy_to_host(stream=self.stream)
+        self.stream.synchronize()
         return host
 
     def synchronize(self) -> None:
@@ -226,7 +241,8 @@ class CudaTarget(Target):
             return array.address
         if config.ENABLE_CUDASIM:
             return int(array._ary.ctypes.data)
-        return int(array.__cuda_array_interface__["data"][0])
+        # As in `__cuda_array_interface__`, which takes ten times as long to make.
+        return int(array.device_ctypes_pointer.value or 0)
 
     def new_stream(self) -> Any:
         """A stream beside that of compute."""
@@ -240,7 +256,8 @@ class CudaTarget(Target):
         return MappedArray(n, np.dtype(dtype))
 
     def argument_block(self, words: tuple[int, ...]) -> int:
-        # Written once, and kept until the room for blocks is full.
+        # Written once, and kept until the room for blocks is full. Blocks share no cache line: what
+        # runs may hold the line of its own while the next one is written.
         address = self._blocks.get(words)
         if address is not None:
             return address
@@ -256,7 +273,7 @@ class CudaTarget(Target):
         place = self._arguments[self._n_words : self._n_words + len(words)]
         self.write(place, np.array(words, np.uint64))
         address = self._blocks[words] = self.address(place)
-        self._n_words += len(words)
+        self._n_words += -(-len(words) // _BLOCK_WORDS) * _BLOCK_WORDS
         return address
 
     def launch(self, entry: Any, blocks: int, threads: int, stream: Any, block: int) -> None:
@@ -287,8 +304,8 @@ class CudaTarget(Target):
 
     def _allocate(self, shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, Any]:
         array = cuda.device_array(shape, dtype)
-        # Views share the allocation, and outlive the array they were made of.
-        return array, getattr(array, "gpu_data", array)
+        # Views outlive the array they were made of, and have pointers of their own to one owner.
+        return array, array if config.ENABLE_CUDASIM else array.gpu_data.owner
 
 
 class MappedArray:
@@ -354,8 +371,11 @@ def _capability() -> tuple[int, int]:
 
 
 def cuda_is_usable() -> bool:
-    """Whether kernels can run here: a device with a driver, or the simulator."""
-    return bool(config.ENABLE_CUDASIM) or bool(cuda.is_available())
+    """Whether kernels can run here: a device with a driver, or a simulator that runs warps, which
+    Numba's own does not (`tests/warp_simulator.py` mends that)."""
+    if config.ENABLE_CUDASIM:
+        return hasattr(cuda, "shfl_xor_sync")
+    return bool(cuda.is_available())
 
 
 def select_target(name: str = "auto", threads: int | None = None) -> Target:

@@ -1,14 +1,14 @@
-"""Everything that is measured on a GPU, in one command of less than nine minutes.
+"""Everything that is measured on a GPU, in one command.
 
     python -m experiments.gpu_session [--only crc32,matvec] [-o FOLDER] [--commit HASH]
     python -m experiments.gpu_session --dry-run
 
 Sections: the tests that need a GPU, the limits of the device, how near we come to them operation by
 operation and swap by swap, and whole models, resident and within budgets. PyTorch takes part in the
-same run where it is installed. Nothing is read but the
-project: all data is random. A result is checked before it is timed. Rows (`experiments.bench`) go
-to `FOLDER/<GPU>/<case>.json`, section by section, so that a session which is cut short keeps what
-it has; FOLDER is $OUT or `experiments/results`.
+same run where it is installed. Nothing is read but the project: all data is random. A result is
+checked before it is timed. Rows (`experiments.bench`) go to `FOLDER/<GPU>/<case>.json`, section by
+section, so that a session which is cut short keeps what it has; FOLDER is $OUT or
+`experiments/results`.
 
 A dry run does the same in the CUDA simulator, on tiny data: what a GPU is to do has been done once
 before. It checks results, and keeps no time.

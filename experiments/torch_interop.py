@@ -2,10 +2,10 @@
 
     python -m experiments.torch_interop [CORE.sgmap] [--tensor NAME] [--target auto|cuda|cpu]
 
-`Atlas.tensor` gives an array on the target. On a GPU it has `__cuda_array_interface__` (and DLPack,
-where the installed numba-cuda has it), so PyTorch, CuPy and JAX take it as it lies there; on the
-CPU it is a NumPy array. The script shows that both see the same memory, and that PyTorch computes
-with it what NumPy does. Without a model it takes the demonstration model.
+`Atlas.tensor` gives an array on the target. On a GPU it has `__cuda_array_interface__`, so PyTorch
+and CuPy take it as it lies there (numba-cuda 0.30 exports no DLPack; CuPy does, for those who want
+it); on the CPU it is a NumPy array, which has both. The script shows that both see the same memory,
+and that PyTorch computes with it what NumPy does. Without a model it takes the demonstration model.
 """
 
 from __future__ import annotations

@@ -124,8 +124,9 @@ def kernels() -> Iterator[Listed]:
 
 
 def listed(name: str, kernel: Any) -> Listed:
-    """A `Kernel`, under a name: what is compiled takes the address of its arguments."""
-    return Listed(name, kernel.entry, (types.uint64,), kernel.min_capability)
+    """A `Kernel`, under a name: what is compiled takes the address of its arguments, as a launch
+    passes it. That is a Python integer, which Numba takes for a signed one."""
+    return Listed(name, kernel.entry, (types.int64,), kernel.min_capability)
 
 
 def judge(some_kernels: Iterable[Listed], capability: tuple[int, int]) -> list[Verdict]:

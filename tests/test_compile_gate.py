@@ -178,6 +178,17 @@ def test_a_kernel_object_is_compiled_with_the_unpacking_of_its_arguments() -> No
     assert verdict.passed, str(verdict)
 
 
+@needs_compiler
+def test_what_is_compiled_is_what_a_launch_asks_for() -> None:
+    @kernel(*SIGNATURE)
+    def scale_kernel(a, n):
+        a[cuda.threadIdx.x] *= n
+
+    address = 0x7F12_3456_7800
+    asked = scale_kernel.entry.typeof_pyval(address)
+    assert listed("op.scale_kernel", scale_kernel).signature == (asked,)
+
+
 def found_now(**changes: int) -> dict[str, Resources | None]:
     """What a kernel takes that has its ceiling below; with changes."""
     taken = {"registers": 38, "frame": 0, "shared": 1024, "code": 1280}

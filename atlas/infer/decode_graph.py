@@ -19,8 +19,6 @@ class DecodeGraph:
     ----------
     target, cache
         Where it runs, and what its shards lie in.
-    work
-        Launches the pass's kernels; nothing in it may depend on what the host knows of the token.
 
     Attributes
     ----------
@@ -28,39 +26,45 @@ class DecodeGraph:
         Why passes are not replayed, or "" if they are.
     """
 
-    def __init__(self, target: CudaTarget, cache: DeviceCache, work: Callable[[], None]) -> None:
+    def __init__(self, target: CudaTarget, cache: DeviceCache) -> None:
         self._target = target
         self._cache = cache
-        self._work = work
         self._graph: CudaGraph | None = None
         self._generation = 0  # of arguments on the device, when the pass last ran
         self._hits = 0  # of a pass
         self._is_available = True
         self.reason = "no pass has been captured yet"
 
-    def run(self) -> None:
-        """Run the pass once."""
+    def run(self, work: Callable[[], None]) -> None:
+        """Run the pass once.
+
+        Parameters
+        ----------
+        work
+            Launches the pass's kernels, the same ones every time; nothing in it may depend on what
+            the host knows of the token.
+        """
         if not (self._is_available and self._cache.is_complete):
             self._graph = None
-            self._work()
+            work()
             return
         if self._generation != self._target.n_argument_generations:
             # New arguments have to be written first, which may itself begin a new generation.
             self._graph = None
             self._generation = self._target.n_argument_generations
-            self._work()
+            work()
             return
-        if self._graph is None and not self._capture():
-            self._work()
+        if self._graph is None and not self._capture(work):
+            work()
             return
         assert self._graph is not None
         self._graph.launch()
         self._cache.count_hits(self._hits)
 
-    def _capture(self) -> bool:
+    def _capture(self, work: Callable[[], None]) -> bool:
         hits = self._cache.hits
         try:
-            self._graph = CudaGraph(self._target, self._work)
+            self._graph = CudaGraph(self._target, work)
         except GraphUnavailableError as error:
             self._is_available = False
             self.reason = str(error)

@@ -144,6 +144,17 @@ class LlamaModel:
             host_memory=host_memory,
         )
         self.target = target
+        try:
+            self._prepare(n_context)
+        except BaseException:
+            self.close()
+            raise
+        self.n_passes = 0
+        self.scrub_pages = scrub_pages
+
+    def _prepare(self, n_context: int) -> None:
+        """All that lies beside the pool."""
+        target = self.target
         n_vocab = self.atlas.matrix(EMBEDDING).n_rows
         self._activations = _Activations(target, self.config, n_context, self.n_batch, n_vocab)
         self.weights = Weights(self.atlas, self.config, self._activations.scratch)
@@ -152,14 +163,10 @@ class LlamaModel:
         self.kv_cache = KVCache(target, self.config, n_context)
         self._position = 0
         self._device_position = target.full(1, 0, np.int32)
-        self.n_passes = 0
-        self.scrub_pages = scrub_pages
         self.decode_graph: DecodeGraph | None = None
         if isinstance(self.atlas.shard_cache, DeviceCache) and not self.config.n_expert:
             # A router's choice goes by way of the host.
-            self.decode_graph = DecodeGraph(
-                self.atlas.shard_cache.target, self.atlas.shard_cache, lambda: self._launch(1, True)
-            )
+            self.decode_graph = DecodeGraph(self.atlas.shard_cache.target, self.atlas.shard_cache)
 
     def __enter__(self) -> LlamaModel:
         return self
@@ -227,7 +234,7 @@ class LlamaModel:
         b = self._activations.first(len(tokens))
         self.target.write(b["x"], self.weights.embed(tokens))
         if self.decode_graph is not None and len(tokens) == 1 and want_logits:
-            self.decode_graph.run()
+            self.decode_graph.run(lambda: self._launch(1, True))
         else:
             self._launch(len(tokens), want_logits)
         self._position += len(tokens)  # as the device has done by itself

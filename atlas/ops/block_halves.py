@@ -23,15 +23,17 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numba import cuda
 
+from atlas.ops.memory import (
+    load2_at,
+    load4_cached_at,
+    load16_cached_at,
+)
 from atlas.ops.ptx import (
     byte_permute,
     floats_to_half2,
     half2_multiply,
     half2_subtract,
     half2_to_floats,
-    load2_at,
-    load4_cached_at,
-    load16_cached_at,
 )
 
 VALUES = 16  # that are loaded and decoded at a time

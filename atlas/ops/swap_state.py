@@ -192,8 +192,9 @@ def replan(target: CudaTarget, swap: SwapState, table: Any) -> None:
         int32 [n_shards] on the device, what gathers have published (`PageCache.table`).
     """
     target.synchronize()
-    swap.fault.host[:] = 0  # first: a target's guards may look at it whenever something is fetched
-    planned, state = target.get(table), target.get(swap.state)
+    swap.fault.host[:] = 0
+    # Not `get`: the guard of another cache on this target would leave this one half put right.
+    planned, state = target.fetch(table), target.fetch(swap.state)
     frame_shard = np.full(len(swap.frame_shard), -1, np.int32)
     resident = np.flatnonzero(planned >= 0)
     frame_shard[planned[resident]] = resident

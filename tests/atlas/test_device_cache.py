@@ -132,6 +132,19 @@ def test_a_damaged_page_stops_the_value_that_needs_it(atlas: Atlas) -> None:
     cache.assert_at_rest(atlas)
 
 
+def test_a_tensor_with_a_damaged_page_is_not_handed_out(atlas: Atlas) -> None:
+    bad = atlas.shards.schedule[5]
+    flip_bit(atlas, bad, 0)
+    name = atlas.map.tensor_of_page(bad)
+    assert name is not None
+    with pytest.raises(CorruptPageError, match=f"page {bad} "):
+        atlas.tensor(name)
+    host_page(atlas, bad)[1234] ^= 32
+    expected = atlas.rows(atlas.matrix(name), range(atlas.matrix(name).n_rows))
+    np.testing.assert_array_equal(atlas.target.get(atlas.tensor(name)), expected)
+    cache.assert_at_rest(atlas)
+
+
 def test_pages_that_reading_again_mends_are_no_fault(
     atlas: Atlas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +302,7 @@ def test_scrubbing_finds_resident_pages_that_have_changed(atlas: Atlas) -> None:
     atlas.atomic_swap(shards[:4])
     for _ in range(3):
         atlas.scrub(5)
+    target.synchronize()
     target.get(target.full(1, 0, np.uint8))  # nothing is wrong
     bad = shards[2]
     place = int(target.get(atlas.cache.table)[bad]) * PAGE_BYTES + 77
@@ -297,6 +311,7 @@ def test_scrubbing_finds_resident_pages_that_have_changed(atlas: Atlas) -> None:
     with pytest.raises(CorruptPageError) as caught:
         for _ in range(2):  # every page of the pool has its turn
             atlas.scrub(5)
+            target.synchronize()
             target.get(target.full(1, 0, np.uint8))
     assert (caught.value.page, caught.value.shard) == (bad, bad)
     assert bad not in cache.resident(atlas) and set(shards[:2]) <= set(cache.resident(atlas))
@@ -311,6 +326,7 @@ def test_scrubbing_a_full_pool_brings_the_shard_in_again(map_path: Path) -> None
         place = int(target.get(atlas.cache.table)[bad]) * PAGE_BYTES
         target.write(atlas.cache.frames[place : place + 1], np.array([171], np.uint8))
         atlas.scrub(100)
+        target.synchronize()
         with pytest.raises(CorruptPageError, match=f"page {bad} "):
             target.get(atlas.cache.table)
         atlas.acquire(Band(0, 1, bad, bad))

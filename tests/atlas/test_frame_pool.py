@@ -71,10 +71,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.store = cache.FaultyStore(self.model)
         self.changed = threading.Condition()
         self.stats = CacheStats()
-        self.swapper = Swapper(
-            self.pool, self.store, self.changed, self.stats,
-            lambda: max(0, RESERVE - self.pool.n_free), newest_first,
-        )  # fmt: skip
+        self.swapper = Swapper(self.pool, self.store, self.changed, self.stats, newest_first)
         self.lane = Lane(self.target, self.store.shard_bytes)
         self.last_used: dict[int, int] = {}  # of the resident shards
         self.held: dict[int, int] = {}
@@ -100,7 +97,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def load(self, shards: list[int]) -> list[int]:
         with self.changed:
-            return self.swapper.load(self.lane, shards)
+            return self.swapper.load(self.lane, shards, lambda: max(0, RESERVE - self.pool.n_free))
 
     @rule(data=st.data(), count=st.integers(1, MAX_RESERVE))
     def bring_in(self, data: st.DataObject, count: int) -> None:

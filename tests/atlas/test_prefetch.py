@@ -195,5 +195,5 @@ def test_reading_ahead_gives_way_to_a_demand_that_waits_for_frames(map_path: Pat
             pytest.raises(GGUFShardError, match=r"no room for \d+ more shards at once"),
             shards._lock,
         ):
-            shards._swapper.load(shards._lanes[0], order[: shards.pool.n_free + 1])
+            shards._load(shards._lanes[0], order[: shards.pool.n_free + 1])
         cache.assert_at_rest(atlas)
