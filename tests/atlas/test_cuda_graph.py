@@ -23,6 +23,8 @@ from tests.llama_factory import LlamaShape, shard_llama
 
 pytestmark = pytest.mark.cuda
 
+TINY = LlamaShape(n_layer=1, n_embd=32, n_ff=32, n_head=2, n_head_kv=1, n_vocab=40)
+
 
 @kernel(types.float32[::1], types.float32)
 def count_kernel(x, step):
@@ -60,12 +62,12 @@ def run(map_path: Path, target: Target, budget: float) -> tuple[list[int], Llama
     with LlamaModel(
         ShardedModel(map_path), target, Size(fraction=budget), n_context=16, policy="pin"
     ) as model:
-        result = generate(model, [1, 2, 3], 6, Sampler(temperature=0))
+        result = generate(model, [1, 2, 3], 4, Sampler(temperature=0))
         return result.tokens, model, result.decode_stats.reuse_hits
 
 
 def test_passes_are_replayed_once_everything_is_resident(tmp_path: Path) -> None:
-    _, map_path = shard_llama(tmp_path, LlamaShape(n_layer=1), per_shard=4)
+    _, map_path = shard_llama(tmp_path, TINY, per_shard=1)
     expected, _, hits = run(map_path, CpuTarget(), 1.0)
     target = CudaTarget()
     tokens, model, replayed_hits = run(map_path, target, 1.0)
@@ -81,7 +83,7 @@ def test_passes_are_replayed_once_everything_is_resident(tmp_path: Path) -> None
 
 
 def test_new_arguments_void_a_graph(tmp_path: Path) -> None:
-    _, map_path = shard_llama(tmp_path, LlamaShape(n_layer=1), per_shard=4)
+    _, map_path = shard_llama(tmp_path, TINY, per_shard=1)
     expected, _, _ = run(map_path, CpuTarget(), 1.0)
     target = CudaTarget()
     with LlamaModel(ShardedModel(map_path), target, Size(fraction=1.0), n_context=16) as model:
