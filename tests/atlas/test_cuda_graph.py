@@ -57,12 +57,14 @@ def test_arguments_must_be_on_the_device() -> None:
     assert target.get(x)[0] == 1
 
 
-def run(map_path: Path, target: Target, budget: float) -> tuple[list[int], LlamaModel, int]:
+def run(
+    map_path: Path, target: Target, budget: float, n_tokens: int = 4
+) -> tuple[list[int], LlamaModel, int]:
     """Tokens, the closed model, and the shards that decoding found resident."""
     with LlamaModel(
         ShardedModel(map_path), target, Size(fraction=budget), n_context=16, policy="pin"
     ) as model:
-        result = generate(model, [1, 2, 3], 4, Sampler(temperature=0))
+        result = generate(model, [1, 2, 3], n_tokens, Sampler(temperature=0))
         return result.tokens, model, result.decode_stats.reuse_hits
 
 
@@ -84,7 +86,7 @@ def test_passes_are_replayed_once_everything_is_resident(tmp_path: Path) -> None
 
 def test_new_arguments_void_a_graph(tmp_path: Path) -> None:
     _, map_path = shard_llama(tmp_path, TINY, per_shard=1)
-    expected, _, _ = run(map_path, CpuTarget(), 1.0)
+    expected, _, _ = run(map_path, CpuTarget(), 1.0, n_tokens=6)
     target = CudaTarget()
     with LlamaModel(ShardedModel(map_path), target, Size(fraction=1.0), n_context=16) as model:
         sampler, logits, tokens = Sampler(temperature=0), model.forward([1, 2, 3]), []

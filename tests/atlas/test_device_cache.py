@@ -300,8 +300,10 @@ def test_the_budget_is_kept(map_path: Path) -> None:
 def test_scrubbing_finds_resident_pages_that_have_changed(atlas: Atlas) -> None:
     target, shards = atlas.target, atlas.shards.schedule
     atlas.atomic_swap(shards[:4])
+    n_checked = atlas.stats.pages_checked
     for _ in range(3):
         atlas.scrub(5)
+    assert atlas.stats.pages_checked == n_checked + 15
     target.synchronize()
     target.get(target.full(1, 0, np.uint8))  # nothing is wrong
     bad = shards[2]

@@ -127,14 +127,18 @@ def test_lists_of_shards_take_no_more_than_they_may(
 ) -> None:
     monkeypatch.setattr(swap_queue, "_LIST_NUMBERS", 7)
     map_path = cache.shard(tmp_path, cache.dense_model(1), pages_per_shard=1)
-    target, draw = CudaTarget(), random.Random(0)
+    target = CudaTarget()
     with Atlas.open(map_path, "60%", target, policy="lru", prefetch_distance=0) as atlas:
+        shards = atlas.shards.schedule
+        atlas.atomic_swap(shards[:12])
+        assert len(cache.resident(atlas)) == 13  # with the one of the high zone
         taken = target.allocated_bytes
-        for _ in range(12):
-            wanted = draw.sample(atlas.shards.schedule, 3)
-            atlas.atomic_swap(wanted)
-            assert set(wanted) <= set(cache.resident(atlas))
+        for first in (0, 1, 6, 0):  # the third list takes the place of the first
+            atlas.atomic_swap(shards[first : first + 5 : 2])
         assert target.allocated_bytes == taken
+        atlas.atomic_swap(shards[12:16])
+        given_up = {*shards[:12]} - {*cache.resident(atlas)}
+        assert given_up == {shards[7], shards[9], shards[11], shards[1]}
         cache.assert_at_rest(atlas)
 
 
