@@ -126,7 +126,7 @@ class HostTier:
             ranks[kept] = RANK_PINNED
         else:
             shape = CacheShape(0, len(streamed), len(others), lent)
-            plan = _plan(shape, room, device_plan, store.shard_bytes)
+            plan = _plan(shape, room, ring, device_plan, store.shard_bytes)
             ranks = shard_ranks(n_shards, [], streamed, plan)
         self.pool = PinnedFramePool(
             CpuTarget(), plan.n_frames, store.n_pages, store.shard_pages.bit_length() - 1,
@@ -190,15 +190,16 @@ def _free_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _plan(shape: CacheShape, room: int, device_plan: PoolPlan, shard_bytes: int) -> PoolPlan:
+def _plan(
+    shape: CacheShape, room: int, ring: int, device_plan: PoolPlan, shard_bytes: int
+) -> PoolPlan:
     """A plan for a part of the shards; the others, and those on their way to stay on the device,
-    pass through."""
+    pass through. All of them would take `ring` frames more than there are shards."""
     n = shape.n_shards
-    n_all = n + shape.min_band + MAX_RESERVE
     try:
         return plan_pool(shape, min(room, n - 1), device_plan.policy, device_plan.distance)
     except BudgetError as error:
-        n_smallest = error.smallest_bytes if error.smallest_bytes < n else n_all
+        n_smallest = error.smallest_bytes if error.smallest_bytes < n else n + ring
         smallest = n_smallest * shard_bytes
         raise BudgetError(
             f"host memory of {room * shard_bytes} bytes: too small, the smallest that works is "

@@ -250,6 +250,23 @@ def test_host_memory_that_is_too_small_says_what_works(map_path: Path) -> None:
         steady(map_path, CudaTarget(), "lru", 0, Size(n_bytes=caught.value.smallest_bytes - 1))
 
 
+@pytest.mark.parametrize("budget", ["95%", "100%"])
+def test_host_memory_for_few_shards_says_what_works(map_path: Path, budget: str) -> None:
+    """Where what streams is less than a ring, or nothing."""
+
+    def open_and_walk(n_bytes: int) -> None:
+        memory = Size(n_bytes=n_bytes)
+        with Atlas.open(map_path, budget, CudaTarget(), policy="pin", host_memory=memory) as atlas:
+            cache.walk(atlas)
+            cache.assert_at_rest(atlas)
+
+    with pytest.raises(BudgetError) as caught:
+        open_and_walk(1)
+    open_and_walk(caught.value.smallest_bytes)
+    with pytest.raises(BudgetError):
+        open_and_walk(caught.value.smallest_bytes - 1)
+
+
 def test_a_fault_of_the_file_behind_a_small_host_memory(map_path: Path) -> None:
     with Atlas.open(
         map_path, "30%", CudaTarget(), policy="lru", prefetch_distance=0,
@@ -299,15 +316,17 @@ def test_the_budget_is_kept(map_path: Path) -> None:
 
 def test_scrubbing_finds_resident_pages_that_have_changed(atlas: Atlas) -> None:
     target, shards = atlas.target, atlas.shards.schedule
-    atlas.atomic_swap(shards[:4])
+    atlas.atomic_swap(shards[:5])
     n_checked = atlas.stats.pages_checked
     for _ in range(3):
         atlas.scrub(5)
     assert atlas.stats.pages_checked == n_checked + 15
     target.synchronize()
     target.get(target.full(1, 0, np.uint8))  # nothing is wrong
-    bad = shards[2]
-    place = int(target.get(atlas.cache.table)[bad]) * PAGE_BYTES + 77
+    bad = shards[4]
+    frame = int(target.get(atlas.cache.table)[bad])
+    assert frame == 5  # the first five pages are not enough
+    place = frame * PAGE_BYTES + 77
     was = target.get(atlas.cache.frames[place : place + 1])
     target.write(atlas.cache.frames[place : place + 1], was ^ np.uint8(4))
     with pytest.raises(CorruptPageError) as caught:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numba import config
 
+from atlas import swap_queue
 from atlas.device_cache import DeviceCache
 from atlas.errors import CorruptPageError
 from atlas.manager import Atlas
@@ -75,6 +76,7 @@ def opened(
         pytest.skip("streams of a GPU take the order they like")
     map_path = cache.shard(tmp_path, cache.dense_model(1), pages_per_shard=1)
     draw, target = random.Random(seed), StreamTarget(seed, patch)
+    patch.setattr(swap_queue, "_LIST_NUMBERS", 16)
     atlas = Atlas.open(
         map_path, f"{draw.uniform(40, 90):.0f}%", target,
         policy=("lru", "mru", "pin")[seed % 3], prefetch_distance=draw.randrange(5),
@@ -87,9 +89,9 @@ def do_something_else(atlas: Atlas, draw: random.Random) -> None:
     chance = draw.random()
     if chance < 0.1:
         atlas.target.get(atlas.cache.table)
-    elif chance < 0.2:
-        atlas.scrub(3)
     elif chance < 0.3:
+        atlas.scrub(20)
+    elif chance < 0.4:
         wanted = draw.sample(atlas.shards.schedule, draw.randint(1, 3))
         try:
             atlas.atomic_swap(wanted)
@@ -102,12 +104,14 @@ def test_compute_finds_what_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     small = Size(n_bytes=12 * PAGE_BYTES)
-    atlas, _, draw = opened(tmp_path, monkeypatch, seed, small if seed % 2 else None)
+    atlas, target, draw = opened(tmp_path, monkeypatch, seed, small if seed % 2 else None)
     with atlas:
         compute, order = Compute(atlas), bands(atlas)
         for i in range(N_STEPS):
             compute.step(order[i % len(order)] if draw.random() < 0.9 else draw.choice(order))
             do_something_else(atlas, draw)
+            if draw.random() < 0.4:  # as when the room for arguments is full
+                target._n_words = target._arguments.size
         cache.assert_at_rest(atlas)
         assert atlas.stats.bytes_moved > atlas.stats.bytes_filled
         assert (compute.absent, compute.wrong) == ([], [])
