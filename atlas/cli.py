@@ -140,6 +140,8 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.add_argument("map", metavar="CORE.sgmap")
     p.add_argument("--budget", type=_size, required=True, metavar="SIZE",
                    help="device memory for everything (2.8GB), or a share (40%%)")  # fmt: skip
+    p.add_argument("--target", choices=("cuda", "cpu"), default="cuda",
+                   help="where it is to run (default: cuda)")  # fmt: skip
     p.add_argument("--policy", choices=CACHE_POLICIES, default=None,
                    help="what stays resident (default: the map's)")  # fmt: skip
     p.add_argument("-c", "--context", type=_at_least(1), default=None, metavar="CTX",

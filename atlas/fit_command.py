@@ -47,7 +47,7 @@ def _facts(args: argparse.Namespace, model: ShardedModel) -> dict[str, Any]:
     reserved = reserved_bytes(model.map, config, n_context, min(DEFAULT_BATCH, n_context))
     plan, budget_bytes = plan_budget(
         model.map, shape, args.budget, policy=args.policy, prefetch_distance=None,
-        reserved_bytes=reserved, on_device=False,
+        reserved_bytes=reserved, on_device=args.target == "cuda",
     )  # fmt: skip
     shard_bytes = model.map.pages_per_shard * PAGE_BYTES
     read = sum(_shards_per_token(shape, config)) * shard_bytes
@@ -56,6 +56,7 @@ def _facts(args: argparse.Namespace, model: ShardedModel) -> dict[str, Any]:
     native = decode_limit(read, 0, memory, link)
     limit = decode_limit(read, moved, memory, link)
     return {
+        "target": args.target,
         "policy": plan.policy,
         "budget_bytes": budget_bytes,
         "reserved_bytes": reserved,

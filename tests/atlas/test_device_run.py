@@ -17,6 +17,7 @@ from atlas.device_cache import DeviceCache
 from atlas.infer.generate import generate
 from atlas.infer.model import LlamaModel
 from atlas.infer.sampling import Sampler
+from atlas.infer.weights import execution_order
 from atlas.target import CudaTarget
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES
@@ -168,6 +169,28 @@ def test_json_says_the_same_things_as_for_the_cpu(map_path: Path, capsys: Captur
     counts = ("reuse_hits", "prefetch_hits", "demand_misses")
     n_ahead = sum(on_device[name] - on_cpu[name] for name in counts)
     assert 0 <= n_ahead <= 2  # of a next pass: a device counts them when it asks for them
+
+
+@pytest.mark.parametrize("policy", ["lru", "pin"])
+@pytest.mark.parametrize("budget", ["100%", "60%"])
+def test_fit_foretells_the_plan(map_path: Path, capsys: Capture, budget: str, policy: str) -> None:
+    arguments = ["fit", str(map_path), "--budget", budget, "--policy", policy, "-c", "8", "--json"]
+    assert main(arguments) == 0
+    facts = json.loads(capsys.readouterr().out)
+    with opened(map_path, budget, CudaTarget(), n_context=8, policy=policy) as model:
+        atlas = model.atlas
+        assert facts["target"] == "cuda"
+        assert (facts["frames"], facts["budget_bytes"]) == (atlas.plan.n_frames, atlas.budget_bytes)
+        names = execution_order(atlas.map, model.config)
+        bands = [band for name in names for band in atlas.bands(atlas.matrix(name))]
+        for band in bands:
+            atlas.acquire(band)
+        before = atlas.stats.copy()
+        for band in 2 * bands:
+            atlas.acquire(band)
+        spent = atlas.stats.since(before)
+    assert facts["expected_reuse_ratio"] == pytest.approx(spent.reuse_hits / spent.accesses)
+    assert facts["bytes_per_token"] == pytest.approx(spent.bytes_moved / 2)
 
 
 # The model itself

@@ -34,7 +34,9 @@ def fit(capsys: Capture, *arguments: object) -> dict[str, object]:
 @pytest.mark.parametrize("policy", ["lru", "pin"])
 @pytest.mark.parametrize("budget", ["100%", "60%", "30%"])
 def test_foretells_the_run(map_path: Path, capsys: Capture, budget: str, policy: str) -> None:
-    facts = fit(capsys, map_path, "--budget", budget, "--policy", policy, "-c", 32)
+    facts = fit(
+        capsys, map_path, "--target", "cpu", "--budget", budget, "--policy", policy, "-c", 32
+    )
     with LlamaModel(
         ShardedModel(map_path), CpuTarget(), parse_size(budget), n_context=32, policy=policy
     ) as model:

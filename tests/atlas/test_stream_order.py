@@ -18,6 +18,7 @@ from atlas.device_cache import DeviceCache
 from atlas.errors import CorruptPageError
 from atlas.manager import Atlas
 from atlas.model_shards import Band
+from atlas.ops.select import DEMAND
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES
 from forge.sizes import Size
@@ -157,3 +158,21 @@ def flip(page: np.ndarray) -> Callable[[], None]:
 
     turn()
     return turn
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_lists_stay_until_their_selects_have_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    atlas, target, _ = opened(tmp_path, monkeypatch, seed)
+    with atlas:
+        assert isinstance(atlas.shard_cache, DeviceCache)
+        queue, table = atlas.shard_cache.queue, target.get(atlas.cache.table)
+        streamed = [s for s in atlas.shards.schedule if table[s] < 0]
+        monkeypatch.setattr(swap_queue, "_LIST_NUMBERS", 3)
+        wanted = [(streamed[i], streamed[i - 2]) for i in range(2, 6)]
+        for pair in wanted:  # each takes the place of the one before
+            queue.queue(pair, DEMAND, queue.tick, 0, queue.compute_so_far())
+        target.synchronize()
+        assert {s for pair in wanted for s in pair} <= set(cache.resident(atlas))
+        cache.assert_at_rest(atlas)
