@@ -99,6 +99,8 @@ def plan_pool(
     policy: str,
     prefetch_distance: int,
     max_reserve: int = MAX_RESERVE,
+    *,
+    is_lender: bool = False,
 ) -> PoolPlan:
     """Divide a pool into what stays, what streams and what is free.
 
@@ -115,6 +117,9 @@ def plan_pool(
         streamed shards stays a small part of it.
     max_reserve
         Most shards that one load brings in.
+    is_lender
+        Whether a band is what is on loan to another pool (`atlas.host_tier`): any shards but those
+        that stay, and not a run of consecutive ones, some of which do.
 
     Raises
     ------
@@ -145,21 +150,22 @@ def plan_pool(
     if decided == "pin":
         # A kernel brings in several shards at once, and what came with them is kept as long.
         together = reserve if max_reserve > MAX_RESERVE else 0
-        n_pinned = _pinned(shape, room - reserve, band, distance + together)
+        n_pinned = _pinned(shape, room - reserve, band, distance + together, is_lender)
     return PoolPlan(decided, n_frames, reserve, band, distance, n_pinned)
 
 
-def _pinned(shape: CacheShape, room: int, band: int, distance: int) -> int:
+def _pinned(shape: CacheShape, room: int, band: int, distance: int, is_lender: bool) -> int:
     """Most scheduled shards that can stay with a ring left for the others.
 
     The pinned ones are spread evenly, so of `band + distance` consecutive shards at most
     ceil((band + distance) * (1 - n_pinned / n_scheduled)) are streamed.
     """
     total = shape.n_scheduled
+    consecutive = distance if is_lender else band + distance
     for n_pinned in range(min(room, total), 0, -1):
-        ring = ceil((band + distance) * (total - n_pinned) / total)
-        if shape.n_unscheduled:
-            ring += band  # experts come at times of their own
+        ring = ceil(consecutive * (total - n_pinned) / total)
+        if shape.n_unscheduled or is_lender:
+            ring += band  # experts come at times of their own, and none of a loan stays
         if n_pinned + max(ring, 0 if n_pinned == total else shape.min_band) <= room:
             return n_pinned
     return 0

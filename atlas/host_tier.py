@@ -197,7 +197,9 @@ def _plan(
     pass through. All of them would take `ring` frames more than there are shards."""
     n = shape.n_shards
     try:
-        return plan_pool(shape, min(room, n - 1), device_plan.policy, device_plan.distance)
+        return plan_pool(
+            shape, min(room, n - 1), device_plan.policy, device_plan.distance
+        )
     except BudgetError as error:
         n_smallest = error.smallest_bytes if error.smallest_bytes < n else n + ring
         smallest = n_smallest * shard_bytes

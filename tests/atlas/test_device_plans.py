@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas import swap_queue
+from atlas import shard_cache, swap_queue
 from atlas.budget import cache_cost_bytes
 from atlas.device_cache import DeviceCache
 from atlas.errors import BudgetError, CorruptPageError
@@ -24,6 +24,7 @@ from atlas.model_shards import Band
 from atlas.stats import CacheStats
 from atlas.target import CpuTarget, CudaTarget, Target
 from forge.errors import GGUFShardError
+from forge.pages import PAGE_BYTES
 from forge.sharded_model import ShardedModel
 from forge.sizes import Size
 from tests import cache_factory as cache
@@ -139,6 +140,23 @@ def test_lists_of_shards_take_no_more_than_they_may(
         atlas.atomic_swap(shards[12:16])
         given_up = {*shards[:12]} - {*cache.resident(atlas)}
         assert given_up == {shards[7], shards[9], shards[11], shards[1]}
+        cache.assert_at_rest(atlas)
+
+
+@pytest.mark.parametrize("n_pages", [7, 12])
+def test_loans_find_room_beside_what_host_memory_reads_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_pages: int
+) -> None:
+    """By a thread, as if shards were large."""
+    monkeypatch.setattr(shard_cache, "MIN_BACKGROUND_BYTES", 1)
+    map_path = cache.shard(tmp_path, cache.dense_model(1), pages_per_shard=1)
+    with Atlas.open(
+        map_path, "60%", CudaTarget(), policy="pin", prefetch_distance=2,
+        host_memory=Size(n_bytes=n_pages * PAGE_BYTES),
+    ) as atlas:  # fmt: skip
+        plan = device_cache(atlas).host.cache.plan
+        assert 0 < plan.n_pinned < n_pages and plan.distance > 0
+        cache.walk(atlas, 2)
         cache.assert_at_rest(atlas)
 
 

@@ -53,10 +53,13 @@ def worst_window(plan: PoolPlan, shape: CacheShape, length: int) -> int:
 
 @pytest.mark.parametrize("policy", ["lru", "mru", "pin"])
 @pytest.mark.parametrize("prefetch_distance", [0, 1, 8, 1000])
-def test_every_plan_leaves_room_for_what_is_in_use(policy: str, prefetch_distance: int) -> None:
+@pytest.mark.parametrize("is_lender", [False, True])
+def test_every_plan_leaves_room_for_what_is_in_use(
+    policy: str, prefetch_distance: int, is_lender: bool
+) -> None:
     for shape in SHAPES:
         for n_frames in pools(shape):
-            plan = plan_pool(shape, n_frames, policy, prefetch_distance)
+            plan = plan_pool(shape, n_frames, policy, prefetch_distance, is_lender=is_lender)
             at = (shape, n_frames, plan)
             assert plan.policy == policy and plan.n_frames == min(n_frames, shape.n_shards), at
             assert plan.band >= min(shape.min_band, shape.n_shards), at
@@ -66,9 +69,10 @@ def test_every_plan_leaves_room_for_what_is_in_use(policy: str, prefetch_distanc
             if n_frames >= shape.n_shards:
                 continue
             room = n_frames - shape.n_high - plan.n_pinned
-            # A band in use and what is read ahead behind it; or experts, and what is read ahead.
+            # A band in use and what is read ahead behind it; or experts, or what is on loan, and
+            # what is read ahead.
             held = worst_window(plan, shape, plan.band + plan.distance)
-            if shape.n_unscheduled:
+            if shape.n_unscheduled or is_lender:
                 held = max(held, plan.band + worst_window(plan, shape, plan.distance))
             assert held + plan.reserve <= room, at
             assert (plan.n_pinned == 0) or policy == "pin", at
