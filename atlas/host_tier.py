@@ -198,7 +198,7 @@ def _plan(
     n = shape.n_shards
     try:
         return plan_pool(
-            shape, min(room, n - 1), device_plan.policy, device_plan.distance
+            shape, min(room, n - 1), device_plan.policy, device_plan.distance, is_lender=True
         )
     except BudgetError as error:
         n_smallest = error.smallest_bytes if error.smallest_bytes < n else n + ring
