@@ -89,6 +89,7 @@ def _facts(
     )
     n_tokens = passes or len(prompt)
     shard_bytes = atlas.shard_bytes
+    device_bytes_peak = model.target.peak_bytes  # measuring bandwidths takes memory of its own
     memory = memory_bandwidth(model.target, atlas.cache)
     link = link_bandwidth(atlas)
     limit = float("inf")
@@ -109,7 +110,7 @@ def _facts(
         "target": model.target.name,
         "policy": atlas.plan.policy,
         "budget_bytes": atlas.budget_bytes,
-        "device_bytes_peak": model.target.peak_bytes,
+        "device_bytes_peak": device_bytes_peak,
         "reuse_hits": prompt_phase.reuse_hits + decode.reuse_hits,
         "prefetch_hits": prompt_phase.prefetch_hits + decode.prefetch_hits,
         "demand_misses": prompt_phase.demand_misses + decode.demand_misses,

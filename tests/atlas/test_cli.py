@@ -18,6 +18,8 @@ from numba import config
 
 from atlas import run_command
 from atlas.cli import main
+from atlas.ops.paged import PageCache
+from atlas.target import Target
 from experiments.make_model import PRESETS, write_model
 from forge.core_file import page_offset
 from forge.sgmap import core_path
@@ -135,6 +137,19 @@ def test_json(tiny: tuple[NaiveLlama, Path], capsys: Capture) -> None:
     assert found["fraction_of_limit"] == pytest.approx(
         found["tokens_per_second"] / found["limit_tokens_per_second"]
     )
+
+
+def test_the_peak_is_that_of_the_run_and_not_of_measuring_its_limit(
+    tiny: tuple[NaiveLlama, Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(target: Target, cache: PageCache) -> float:
+        target.empty(100_000_000, np.uint8)
+        return 1e9
+
+    monkeypatch.setattr(run_command, "memory_bandwidth", measure)
+    found = facts(capsys, tiny[1], "--prompt-ids", IDS, "-n", "2", "--budget", "60%")
+    assert found["memory_bandwidth_gb_per_s"] == 1
+    assert found["device_bytes_peak"] <= found["budget_bytes"] < 100_000_000
 
 
 def test_text_on_stdout_and_a_summary_on_stderr(demo: Path, capsys: Capture) -> None:
