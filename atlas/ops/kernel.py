@@ -34,6 +34,7 @@ from numba.core import config
 from atlas.target import Target
 
 _WORD_BYTES = 8
+_WORD_MASK = (1 << 64) - 1
 
 
 class Kernel:
@@ -132,12 +133,12 @@ def _writer(kind: Any) -> Callable[[Target, list[int], Any], None]:
     if isinstance(kind, types.Array):
         return _write_array
     if isinstance(kind, types.UniTuple):
-        return lambda target, words, value: words.extend(int(v) for v in value)
+        return lambda target, words, value: words.extend(int(v) & _WORD_MASK for v in value)
     if isinstance(kind, types.Float):
         return lambda target, words, value: words.append(
             struct.unpack("<I", struct.pack("<f", value))[0]
         )
-    return lambda target, words, value: words.append(int(value) & 0xFFFFFFFFFFFFFFFF)
+    return lambda target, words, value: words.append(int(value) & _WORD_MASK)
 
 
 def _write_array(target: Target, words: list[int], array: Any) -> None:
