@@ -13,9 +13,9 @@ wherever the link is a bus of its own.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
-from numba import prange
 
 from atlas.host_store import FileStore
 from atlas.manager import Atlas
@@ -23,7 +23,6 @@ from atlas.ops.paged import PageCache
 from atlas.ops.read_words import N_PARTS, read_words
 from atlas.ops.stopwatch import Stopwatch
 from atlas.target import CudaTarget, Target
-from forge.jit import cached_njit
 from forge.pages import PAGE_BYTES
 from forge.sgmap import ShardMap
 
@@ -31,19 +30,6 @@ _REPEATS = 3
 _LINK_SAMPLE_BYTES = 64 << 20
 _MEMORY_SAMPLE_BYTES = 256 << 20
 _DEVICE_SAMPLE_BYTES = 1 << 30
-_CHUNKS = 64
-
-
-@cached_njit(parallel=True)
-def _read_words_loop(words: np.ndarray, sums: np.ndarray) -> None:
-    """Read everything once, eight words at a time: as fast as memory gives."""
-    step = words.size // sums.size
-    for chunk in prange(sums.size):
-        part = words[chunk * step : (chunk + 1) * step]
-        total = np.uint64(0)
-        for i in range(part.size):
-            total ^= part[i]
-        sums[chunk] = total
 
 
 def memory_bandwidth(target: Target, cache: PageCache) -> float | None:
@@ -52,26 +38,25 @@ def memory_bandwidth(target: Target, cache: PageCache) -> float | None:
     A pool that fits a processor's cache is read from there, by this measurement as by the
     mat-vecs. None in the simulator, whose time means nothing.
     """
-    if isinstance(target, CudaTarget):
-        return _device_memory_bandwidth(target, cache) if target.has_clock else None
-    words = cache.frames[: min(cache.frames.size, _MEMORY_SAMPLE_BYTES)].view(np.uint64)
-    sums = np.empty(_CHUNKS, np.uint64)
-    _read_words_loop(words, sums)
-    times = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        _read_words_loop(words, sums)
-        times.append(time.perf_counter() - started)
-    return words.nbytes / min(times)
-
-
-def _device_memory_bandwidth(target: CudaTarget, cache: PageCache) -> float:
-    words = cache.words[: min(cache.words.size, _DEVICE_SAMPLE_BYTES // 4)]
+    if not target.has_clock:
+        return None
+    sample = _DEVICE_SAMPLE_BYTES if target.is_cuda else _MEMORY_SAMPLE_BYTES
+    words = cache.words[: min(cache.words.size, sample // 4)]
     parts = target.empty(N_PARTS, np.uint32)
-    clock = Stopwatch(target)
-    clock.seconds(lambda: read_words(target, words, parts))
-    best = min(clock.seconds(lambda: read_words(target, words, parts)) for _ in range(_REPEATS))
-    return 4 * words.size / best
+    return 4 * words.size / _best_seconds(target, lambda: read_words(target, words, parts))
+
+
+def _best_seconds(target: Target, work: Callable[[], object]) -> float:
+    """Time of the fastest run behind one to warm up."""
+    seconds = Stopwatch(target).seconds if isinstance(target, CudaTarget) else _seconds_of
+    seconds(work)
+    return min(seconds(work) for _ in range(_REPEATS))
+
+
+def _seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def link_bandwidth(atlas: Atlas) -> float | None:
@@ -93,25 +78,23 @@ def file_bandwidth(atlas: Atlas) -> float:
     buffer = np.empty(store.shard_bytes, np.uint8)
     n = min(max(_LINK_SAMPLE_BYTES // store.shard_bytes, 1), len(atlas.shards.schedule))
     shards = [atlas.shards.schedule[i * len(atlas.shards.schedule) // n] for i in range(n)]
-    times = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        n_bytes = sum(store.read_shard(shard, buffer) for shard in shards)
-        times.append(time.perf_counter() - started)
-    return n_bytes / min(times)
+    n_bytes = sum(store.pages_of(shard) * PAGE_BYTES for shard in shards)
+
+    def read() -> None:
+        for shard in shards:
+            store.read_shard(shard, buffer)
+
+    return n_bytes / min(_seconds_of(read) for _ in range(_REPEATS))
 
 
 def _device_link_bandwidth(target: CudaTarget) -> float:
     pinned = target.mapped(_LINK_SAMPLE_BYTES, np.uint8)
     pinned.host[:] = 1
     landing = target.empty(_LINK_SAMPLE_BYTES, np.uint8)
-    clock = Stopwatch(target)
-
-    def bring() -> None:
-        landing.copy_to_device(pinned.host, stream=target.stream)
-
-    clock.seconds(bring)
-    return _LINK_SAMPLE_BYTES / min(clock.seconds(bring) for _ in range(_REPEATS))
+    seconds = _best_seconds(
+        target, lambda: landing.copy_to_device(pinned.host, stream=target.stream)
+    )
+    return _LINK_SAMPLE_BYTES / seconds
 
 
 def weight_bytes_per_pass(shard_map: ShardMap, schedule_shards: int) -> int:

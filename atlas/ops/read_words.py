@@ -69,13 +69,14 @@ def read_words_kernel(words, parts):
 
 @cached_njit(parallel=True)
 def read_words_loop(words, parts):
+    pairs = words.view(np.uint64)
     for k in prange(parts.size):
-        begin = words.size * k // parts.size
-        end = words.size * (k + 1) // parts.size
-        part = np.uint32(0)
-        for i in range(begin, end):
-            part ^= words[i]
-        parts[k] = part
+        # A slice: its indices need no check for being negative, so the loop becomes one of vectors.
+        share = pairs[pairs.size * k // parts.size : pairs.size * (k + 1) // parts.size]
+        total = np.uint64(0)
+        for i in range(share.size):
+            total ^= share[i]
+        parts[k] = np.uint32((total ^ (total >> np.uint64(32))) & np.uint64(0xFFFFFFFF))
 
 
 def read_words(target: Target, words: Any, parts: Any) -> None:
