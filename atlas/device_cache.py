@@ -28,7 +28,7 @@ from atlas.ops.lru import RANK_PINNED
 from atlas.ops.paged import PageCache
 from atlas.ops.select import AHEAD, DEMAND, UNCOUNTED
 from atlas.ops.swap_state import HITS, MAX_INCOMING, MISSES, N_FREE, PAGES_IN
-from atlas.prefetch import Schedule
+from atlas.prefetch import Schedule, count_shared
 from atlas.stats import CacheStats
 from atlas.swap_queue import SwapQueue
 from atlas.target import CudaTarget
@@ -132,7 +132,7 @@ class DeviceCache:
         A page that does not hold is reported when a result is fetched.
         """
         if self.is_complete:
-            self.hits += last - first + 1 - self._shared(first, last)
+            self.hits += last - first + 1 - count_shared(first, last, self._current)
             self._current = (first, last)
             return
         with self._lock:
@@ -275,12 +275,6 @@ class DeviceCache:
         used = self.queue.compute_so_far()
         for i in range(0, len(shards), MAX_INCOMING):
             self._enter(shards[i : i + MAX_INCOMING], UNCOUNTED, 0, used)
-
-    def _shared(self, first: int, last: int) -> int:
-        """How many of these shards the step before used, too."""
-        if self._current is None:
-            return 0
-        return max(0, min(last, self._current[1]) - max(first, self._current[0]) + 1)
 
     # Filling, and what rarely happens
 

@@ -12,6 +12,13 @@ import numpy as np
 MIN_BACKGROUND_BYTES = 256 << 10
 
 
+def count_shared(first: int, last: int, step_before: tuple[int, int] | None) -> int:
+    """How many of the shards `first` to `last` the step before used, too."""
+    if step_before is None:
+        return 0
+    return max(0, min(last, step_before[1]) - max(first, step_before[0]) + 1)
+
+
 class Schedule:
     """The shards of a pass in the order in which it reads them; passes repeat.
 

@@ -19,7 +19,7 @@ from atlas.eviction import PoolPlan
 from atlas.frame_pool import FramePool
 from atlas.host_store import FileStore
 from atlas.ops.paged import PageCache
-from atlas.prefetch import MIN_BACKGROUND_BYTES, Prefetcher, Schedule
+from atlas.prefetch import MIN_BACKGROUND_BYTES, Prefetcher, Schedule, count_shared
 from atlas.stats import CacheStats
 from atlas.swap import N_LANES, Lane, Swapper
 from forge.errors import GGUFShardError
@@ -146,7 +146,7 @@ class ShardCache:
             If one of the pages fails its check twice; then no shards are in use.
         """
         if self._complete:
-            self.stats.reuse_hits += last - first + 1 - self._shared(first, last)
+            self.stats.reuse_hits += last - first + 1 - count_shared(first, last, self._current)
             self._current = (first, last)
             return
         with self._demand, self._lock:
@@ -268,7 +268,7 @@ class ShardCache:
         n_shards = last - first + 1
         missing = self.pool.touch(first, last)
         self.pool.hold(first, last, +1)
-        n_shared = self._shared(first, last)
+        n_shared = count_shared(first, last, self._current)
         self._end_use()
         self._current = (first, last)
         used = [s for s in self._ahead if first <= s <= last]
@@ -295,12 +295,6 @@ class ShardCache:
 
     def _is_current(self, shard: int) -> bool:
         return self._current is not None and self._current[0] <= shard <= self._current[1]
-
-    def _shared(self, first: int, last: int) -> int:
-        """How many of these shards the step before used, too."""
-        if self._current is None:
-            return 0
-        return max(0, min(last, self._current[1]) - max(first, self._current[0]) + 1)
 
     def _await(self, missing: list[int]) -> None:
         """Bring in what is missing; what the prefetcher is at, or has failed at, included."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numba import config, cuda, get_num_threads, set_num_threads
+from numba.cuda.cudadrv.driver import CudaAPIError
 
 from forge.errors import GGUFShardError
 
@@ -60,7 +61,7 @@ class Target:
     stream
         Where kernels and copies are queued, in order.
     has_background
-        Whether a second thread may launch work while the first computes.
+        Whether a second thread may read ahead while the first computes.
     allocated_bytes, peak_bytes
         Device memory held now, and the most ever held.
     """
@@ -104,10 +105,6 @@ class Target:
     def get(self, array: Any) -> np.ndarray:
         """A host copy of a device array."""
         raise NotImplementedError
-
-    def host_view(self, array: Any) -> np.ndarray | None:
-        """The array itself where device memory is host memory, else None."""
-        return None
 
     def synchronize(self) -> None:
         """Wait until everything launched has run."""
@@ -164,9 +161,6 @@ class CpuTarget(Target):
     def get(self, array: Any) -> np.ndarray:
         return np.array(array)
 
-    def host_view(self, array: Any) -> np.ndarray | None:
-        return array
-
     def address(self, array: Any) -> int:
         return int(array.ctypes.data)
 
@@ -197,9 +191,7 @@ class CudaTarget(Target):
     name = "cuda-simulator" if config.ENABLE_CUDASIM else "cuda"
     is_cuda = True
     has_clock = not config.ENABLE_CUDASIM
-    # The simulator swaps module globals while a kernel runs: one thread at a time.
-    has_background = not config.ENABLE_CUDASIM
-    # Small in the simulator, where a thread is a thread of the host.
+    # Small in the simulator, where threads run one after the other.
     block = 8 if config.ENABLE_CUDASIM else 128
 
     def __init__(self) -> None:
@@ -241,7 +233,7 @@ class CudaTarget(Target):
             return array.address
         if config.ENABLE_CUDASIM:
             return int(array._ary.ctypes.data)
-        # As in `__cuda_array_interface__`, which takes ten times as long to make.
+        # As in `__cuda_array_interface__`, which takes longer to make.
         return int(array.device_ctypes_pointer.value or 0)
 
     def new_stream(self) -> Any:
@@ -303,7 +295,10 @@ class CudaTarget(Target):
             self._recorded = None
 
     def _allocate(self, shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, Any]:
-        array = cuda.device_array(shape, dtype)
+        try:
+            array = cuda.device_array(shape, dtype)
+        except CudaAPIError as error:
+            raise GGUFShardError(f"an array {shape} of {dtype} on the device: {error}") from None
         # Views outlive the array they were made of, and have pointers of their own to one owner.
         return array, array if config.ENABLE_CUDASIM else array.gpu_data.owner
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numba import config, get_num_threads, set_num_threads
+from numba.cuda.cudadrv.driver import CudaAPIError
 
 from atlas.target import (
     CpuTarget,
@@ -102,19 +103,24 @@ def test_blocks_of_arguments_are_kept_and_share_no_cache_line(cuda_target: CudaT
     assert [cuda_target.argument_block(block) for block in blocks] == places
 
 
-def test_cpu_arrays_are_aligned_and_are_host_memory() -> None:
+def test_cpu_arrays_are_aligned() -> None:
     target = CpuTarget()
     for shape, dtype in ((1, np.uint8), (1000, np.float32), ((3, 3), np.int64)):
         array = target.empty(shape, dtype)
         assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous
-        assert target.host_view(array) is array
     target.synchronize()
 
 
-def test_device_arrays_are_no_host_memory(cuda_target: CudaTarget) -> None:
-    target = cuda_target
-    assert target.host_view(target.empty(4, np.uint8)) is None
-    target.synchronize()
+def test_a_device_without_room_says_so_in_a_line(
+    cuda_target: CudaTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(shape: int, dtype: np.dtype) -> None:
+        raise CudaAPIError(2, "CUDA_ERROR_OUT_OF_MEMORY")
+
+    monkeypatch.setattr("atlas.target.cuda.device_array", refuse)
+    with pytest.raises(GGUFShardError, match=r"^an array 7 of float32 on the device: .*MEMORY"):
+        cuda_target.empty(7, np.float32)
+    assert cuda_target.allocated_bytes == 0
 
 
 def test_targets_by_name() -> None:
