@@ -23,11 +23,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numba import cuda
 
-from atlas.ops.memory import (
-    load2_at,
-    load4_cached_at,
-    load16_cached_at,
-)
+from atlas.ops.memory import load2_at, load4_cached_at, load16_cached_at
 from atlas.ops.ptx import (
     byte_permute,
     floats_to_half2,

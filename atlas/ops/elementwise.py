@@ -19,10 +19,7 @@ from numba import cuda, types
 
 from atlas.ops.checks import MAX_BLOCKS, check_array
 from atlas.ops.kernel import Kernel, kernel
-from atlas.ops.memory import (
-    load16,
-    store16,
-)
+from atlas.ops.memory import load16, store16
 from atlas.ops.warp import aligned_fours
 from atlas.target import Target
 from forge.jit import cached_njit

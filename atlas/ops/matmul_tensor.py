@@ -31,15 +31,9 @@ from numba import config, cuda, types
 
 from atlas.ops.block_halves import HALF_DECODERS, plain_decoder
 from atlas.ops.kernel import Kernel, kernel
-from atlas.ops.memory import (
-    store16,
-    wait_for_copies,
-)
+from atlas.ops.memory import store16, wait_for_copies
 from atlas.ops.paged import PageCache, PagedMatrix
-from atlas.ops.ptx import (
-    mma_bf16,
-    mma_f16,
-)
+from atlas.ops.ptx import mma_bf16, mma_f16
 from atlas.ops.round_tokens import (
     GROUP,
     ROUND_THREADS,

@@ -29,12 +29,7 @@ from numba import config, cuda, types
 
 from atlas.ops.checks import MAX_BLOCKS
 from atlas.ops.kernel import Kernel, kernel
-from atlas.ops.memory import (
-    load2_at,
-    load8_once_at,
-    load16,
-    load16_once_at,
-)
+from atlas.ops.memory import load2_at, load8_once_at, load16, load16_once_at
 from atlas.ops.paged import PageCache, PagedMatrix
 from atlas.ops.ptx import (
     FULL_WARP,

@@ -14,13 +14,8 @@ from numba import config, cuda, prange, types
 
 from atlas.ops.checks import check_array
 from atlas.ops.kernel import kernel
-from atlas.ops.memory import (
-    load16_once,
-)
-from atlas.ops.ptx import (
-    shuffle_xor,
-    xor3,
-)
+from atlas.ops.memory import load16_once
+from atlas.ops.ptx import shuffle_xor, xor3
 from atlas.target import Target
 from forge.jit import cached_njit
 

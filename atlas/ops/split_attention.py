@@ -31,13 +31,8 @@ from atlas.ops.attention_shares import (
 )
 from atlas.ops.checks import MAX_BLOCKS
 from atlas.ops.kernel import Kernel, kernel
-from atlas.ops.memory import (
-    load16,
-    store16,
-)
-from atlas.ops.ptx import (
-    divide,
-)
+from atlas.ops.memory import load16, store16
+from atlas.ops.ptx import divide
 from atlas.ops.warp import warp_max, warp_sum
 from atlas.target import Target
 

@@ -14,11 +14,7 @@ from numba import cuda
 
 from atlas.ops.block_halves import HALF_DECODERS
 from atlas.ops.block_values import field_places
-from atlas.ops.memory import (
-    copy16_async,
-    load8_cached_at,
-    load16,
-)
+from atlas.ops.memory import copy16_async, load8_cached_at, load16
 from atlas.ops.round_tokens import GROUP, SLICE, SLICE_WORDS
 from forge.block_layouts import MEMORY_LAYOUTS, block_layout
 from forge.pages import PAGE_BYTES

@@ -37,13 +37,8 @@ import numpy as np
 from numba import cuda
 
 from atlas.ops.lru import RANK_COLD, RANK_PINNED
-from atlas.ops.memory import (
-    load16,
-    store16,
-)
-from atlas.ops.ptx import (
-    shuffle_xor,
-)
+from atlas.ops.memory import load16, store16
+from atlas.ops.ptx import shuffle_xor
 
 #: Bisection stops where so few frames are left: enough to end after some steps, few enough for each
 #: to be compared with all others. More than the victims of one select.

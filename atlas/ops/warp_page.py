@@ -44,18 +44,8 @@ from atlas.ops.crc32_tables import (
     STEP_TURNS,
     TABLE_WORDS,
 )
-from atlas.ops.memory import (
-    load16,
-    load16_at,
-    load16_once,
-    load16_once_at,
-    shared_word,
-    store16,
-)
-from atlas.ops.ptx import (
-    rotate_right,
-    shuffle_xor,
-)
+from atlas.ops.memory import load16, load16_at, load16_once, load16_once_at, shared_word, store16
+from atlas.ops.ptx import rotate_right, shuffle_xor
 from forge.crc32 import CONTENT_BYTES
 from forge.pages import PAGE_BYTES
 
