@@ -21,6 +21,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from forge.errors import GGUFShardError
+from forge.pending_file import journal_path
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -306,10 +307,16 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFHeader:
     Raises
     ------
     GGUFShardError
-        If the file is not a GGUF file that can be read here.
+        If the file is not a GGUF file that can be read here, or an update in place of it was
+        interrupted: it may be half old and half new then.
     OSError
         If it cannot be opened.
     """
+    if os.path.lexists(journal_path(Path(path))):
+        raise GGUFShardError(
+            f"{path}: an update in place was interrupted; `gguf-shard apply --in-place` with any "
+            f"patch, or `gguf-shard apply --resume {path}`, finishes it"
+        )
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
@@ -324,7 +331,8 @@ def read_model(path: str | os.PathLike[str]) -> list[GGUFHeader]:
     Raises
     ------
     GGUFShardError
-        If a part is missing, is not what its name says, or two parts share a tensor.
+        If a part is missing, is not what its name says, two parts share a tensor, or an update in
+        place was interrupted (the journal of a split model lies beside its first part).
     """
     first = read_gguf(path)
     n_parts = _split_number(first, "split.count", 0)
@@ -362,6 +370,14 @@ def part_paths(first: Path, n_parts: int) -> list[Path]:
     match = _SPLIT_NAME.match(first.name)
     stem = match[1] if match and int(match[2]) == 1 else first.stem
     return [first.with_name(f"{stem}-{i + 1:05d}-of-{n_parts:05d}.gguf") for i in range(n_parts)]
+
+
+def is_later_part(name: str, first: str) -> bool:
+    """Whether `name` is that of a part of the split model whose first file is called `first`."""
+    ours, theirs = _SPLIT_NAME.fullmatch(first), _SPLIT_NAME.fullmatch(name)
+    if ours is None or theirs is None or (ours[1], ours[3]) != (theirs[1], theirs[3]):
+        return False
+    return 1 == int(ours[2]) < int(theirs[2]) <= int(ours[3])
 
 
 def _check_parts(parts: Sequence[GGUFHeader]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from forge.gguf_file import read_model
+from forge.journal import finish_journal
 from forge.sgmap_reader import load_map
 from forge.sizes import format_bytes
 
@@ -34,7 +35,7 @@ def _shown(value: Any) -> Any:
     return value
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text of a file as it may go to a terminal: control characters and stray bytes escaped."""
     return text if text.isprintable() else repr(text)[1:-1]
 
@@ -64,6 +65,7 @@ def describe_gguf(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def describe_map(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Pages, zones and tensors of a sharded model."""
+    finish_journal(path)  # an interrupted update may have left half a map
     m = load_map(path)
     return {
         "kind": "sgmap",
@@ -104,16 +106,16 @@ def describe_text(facts: dict[str, Any]) -> str:
     if facts["kind"] == "gguf":
         for file in facts["files"]:
             size = format_bytes(file["bytes"])
-            lines.append(f"{_printable(file['name'])}: GGUF v{facts['version']}, {size}")
-        lines += [_printable(f"  {key} = {value}") for key, value in facts["metadata"].items()]
+            lines.append(f"{printable(file['name'])}: GGUF v{facts['version']}, {size}")
+        lines += [printable(f"  {key} = {value}") for key, value in facts["metadata"].items()]
         lines.append(f"{len(facts['tensors'])} tensors ({kinds})")
         lines += [
-            f"  {_printable(t['name']):<34} {t['type']:<8} {t['shape']} {format_bytes(t['bytes'])}"
+            f"  {printable(t['name']):<34} {t['type']:<8} {t['shape']} {format_bytes(t['bytes'])}"
             for t in facts["tensors"]
         ]
         return "\n".join(lines)
     for source in facts["source"]:
-        lines.append(f"source {_printable(source['name'])}: {format_bytes(source['bytes'])}")
+        lines.append(f"source {printable(source['name'])}: {format_bytes(source['bytes'])}")
         lines.append(f"  sha256 {source['sha256']}")
     lines.append(
         f"{facts['pages']} pages in {facts['shards']} shards of {facts['pages_per_shard']}, "
@@ -125,7 +127,7 @@ def describe_text(facts: dict[str, Any]) -> str:
         lines.append(f"  zone {zone['zone']:<6} pages {zone['first_page']}..{end}")
     lines.append(f"{len(facts['tensors'])} tensors ({kinds})")
     lines += [
-        f"  {_printable(t['name']):<34} {t['type']:<8} {t['shape']} {t['pages']} pages, {t['zone']}"
+        f"  {printable(t['name']):<34} {t['type']:<8} {t['shape']} {t['pages']} pages, {t['zone']}"
         for t in facts["tensors"]
     ]
     return "\n".join(lines)

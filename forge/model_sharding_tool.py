@@ -30,6 +30,9 @@ from forge.verify import verify_model
 #: Targets of `verify` that need nothing but this package.
 PAGE_CHECKS: Mapping[str, Callable[[], PageCheck]] = {"cpu": lambda: faulty_pages}
 
+#: What `info` says about a kind of file: its facts, and those as text.
+Describer = Callable[[str], tuple[dict[str, Any], str]]
+
 
 def _pages_per_shard(text: str) -> int | None:
     if text == "auto":
@@ -100,16 +103,34 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    facts = describe(args.file)
+    facts, text = _describer(args.file, args.describers)(args.file)
     if args.json:
         print_json(facts)
     elif not args.quiet:
-        print(describe_text(facts))
+        print(text)
     return 0
 
 
+def _describer(path: str, others: Mapping[bytes, Describer]) -> Describer:
+    """What describes a file: one of the others by its first bytes, or else this package."""
+
+    def describe_model(path: str) -> tuple[dict[str, Any], str]:
+        facts = describe(path)
+        return facts, describe_text(facts)
+
+    if others:
+        with open(path, "rb") as file:
+            start = file.read(max(map(len, others)))
+        for magic, describer in others.items():
+            if start.startswith(magic):
+                return describer
+    return describe_model
+
+
 def add_commands(
-    commands: Any, page_checks: Mapping[str, Callable[[], PageCheck]] = PAGE_CHECKS
+    commands: Any,
+    page_checks: Mapping[str, Callable[[], PageCheck]] = PAGE_CHECKS,
+    describers: Mapping[bytes, Describer] | None = None,
 ) -> None:
     """Add `shard`, `restore`, `verify` and `info` to an argparse sub-parser collection.
 
@@ -119,6 +140,8 @@ def add_commands(
         The collection.
     page_checks
         For each target of `verify`, what makes its check of pages.
+    describers
+        For the first bytes of other kinds of files what `info` says about them.
     """
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object")
@@ -160,12 +183,14 @@ def add_commands(
                    help="what computes the checksums of pages (default: cpu)")  # fmt: skip
     p.set_defaults(run=_verify, page_checks=page_checks)
 
+    kinds = "a GGUF file or a sharded model"
+    if describers:
+        kinds = "a GGUF file, a sharded model or a patch"
     p = commands.add_parser(
-        "info", parents=[common], help="describe a GGUF file or a sharded model",
-        description="Describe a GGUF file or a sharded model.",
+        "info", parents=[common], help=f"describe {kinds}", description=f"Describe {kinds}.",
     )  # fmt: skip
-    p.add_argument("file", metavar="MODEL.gguf|CORE.sgmap")
-    p.set_defaults(run=_info)
+    p.add_argument("file", metavar="MODEL.gguf|CORE.sgmap" + ("|PATCH" if describers else ""))
+    p.set_defaults(run=_info, describers=describers or {})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -94,7 +94,7 @@ def zone_of(tensor: TensorInfo, has_output: bool) -> str:
     Vectors and router gates are small and touched by every token; expert matrices and the rows
     of an embedding that is not also the output matrix mostly are not.
     """
-    if _is_expert(tensor):  # even one of vectors: each expert starts on a shard of its own
+    if is_expert(tensor):  # even one of vectors: each expert starts on a shard of its own
         return "cold"
     is_vector = all(extent == 1 for extent in tensor.shape[1:])
     is_router = tensor.name.endswith("ffn_gate_inp.weight")
@@ -115,7 +115,8 @@ def _execution_key(tensor: TensorInfo) -> tuple[int, int]:
     return int(match[1]), _EXECUTION_ORDER.index(stem) if known else len(_EXECUTION_ORDER)
 
 
-def _is_expert(tensor: TensorInfo) -> bool:
+def is_expert(tensor: TensorInfo) -> bool:
+    """Whether a tensor has one slice for each expert."""
     return "_exps." in tensor.name and len(tensor.shape) == 3
 
 
@@ -129,11 +130,11 @@ def _groups(parts: Sequence[GGUFHeader]) -> Iterator[tuple[str, list[_Member]]]:
     for part, tensor in known:
         by_zone[zone_of(tensor, has_output)].append((part, tensor))
     for zone in ZONES:
-        plain = [(p, t) for p, t in by_zone[zone] if not _is_expert(t)]
+        plain = [(p, t) for p, t in by_zone[zone] if not is_expert(t)]
         plain.sort(key=lambda item: _execution_key(item[1]))
         if plain:
             yield zone, [(p, t, 0) for p, t in plain]
-    experts = [(p, t) for p, t in by_zone["cold"] if _is_expert(t)]
+    experts = [(p, t) for p, t in by_zone["cold"] if is_expert(t)]
     for layer in sorted({_execution_key(t)[0] for _, t in experts}):
         matrices = sorted(
             ((p, t) for p, t in experts if _execution_key(t)[0] == layer),
@@ -204,7 +205,7 @@ def plan_pages(
         for part, tensor, index in members:
             assert tensor.ggml_type is not None
             layout = block_layout(tensor.ggml_type, memory_layout)
-            n_bytes = tensor.bytes // (tensor.shape[2] if _is_expert(tensor) else 1)
+            n_bytes = tensor.bytes // (tensor.shape[2] if is_expert(tensor) else 1)
             pages = layout.pages_for(n_bytes // layout.bytes)
             offset = tensor.offset + index * n_bytes
             slices.append(SlicePlan(part, tensor, index, offset, n_bytes, zone, page, pages))

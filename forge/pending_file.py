@@ -18,11 +18,19 @@ from forge.errors import GGUFShardError
 
 #: Of a file that is being written: a name that nobody else gives to a file of theirs.
 SUFFIX = ".sgnew"
+#: Of what is to be written into files that are changed in place (`forge.journal`).
+JOURNAL_SUFFIX = ".sgjournal"
 
 
 def pending_path(path: Path) -> Path:
     """Where a file is while it is being written."""
     return path.with_name(path.name + SUFFIX)
+
+
+def journal_path(owner: Path) -> Path:
+    """Where the journal is of a change in place of `owner`: a map, a GGUF file, or the first part
+    of a split model."""
+    return owner.parent / (owner.name + JOURNAL_SUFFIX)  # `with_name` refuses what has no name
 
 
 def sync_folder(folder: Path) -> None:
@@ -51,6 +59,39 @@ def finish_pending(descriptor: int, path: Path) -> None:
     if is_at(descriptor, pending_path(path)):
         os.replace(pending_path(path), path)
         sync_folder(path.parent)
+
+
+def require_room(path: Path, n_bytes: int) -> None:
+    """Refuse to start what the disk has no room for.
+
+    Raises
+    ------
+    GGUFShardError
+        If `n_bytes` more do not fit beside `path`.
+    OSError
+        If its folder cannot be asked.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if free < n_bytes:
+        raise GGUFShardError(f"{path}: needs {n_bytes} bytes, the disk has {free} left")
+
+
+def write_fully(descriptor: int, data: bytes | np.ndarray, offset: int, path: object) -> None:
+    """Write all of `data` at byte `offset` of an open file.
+
+    Raises
+    ------
+    GGUFShardError
+        If the disk refuses.
+    """
+    view = memoryview(data)
+    view = view.cast("B") if view.nbytes else memoryview(b"")  # an empty array cannot be cast
+    try:
+        while len(view):
+            n = os.pwrite(descriptor, view, offset)
+            view, offset = view[n:], offset + n
+    except OSError as error:
+        raise GGUFShardError(f"{path}: offset {offset}: {error.strerror}") from None
 
 
 class PendingFile:
@@ -82,11 +123,7 @@ class PendingFile:
         if self.path.exists() and not force:
             raise GGUFShardError(f"{self.path}: exists already (--force replaces it)")
         try:
-            free = shutil.disk_usage(self.path.parent).free
-            if free < n_bytes:
-                raise GGUFShardError(
-                    f"{self.path}: needs {n_bytes} bytes, the disk has {free} left"
-                )
+            require_room(self.path, n_bytes)
             self._descriptor = os.open(self.pending, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise GGUFShardError(f"{self.pending}: {error.strerror}") from None
@@ -107,6 +144,10 @@ class PendingFile:
         if self._open:
             self._discard()
 
+    def fileno(self) -> int:
+        """The descriptor of the file as it is being written, open for reading, too."""
+        return self._descriptor
+
     def _lock(self) -> None:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,13 +167,7 @@ class PendingFile:
         GGUFShardError
             If the disk refuses.
         """
-        view = memoryview(data).cast("B")
-        try:
-            while len(view):
-                n = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[n:], offset + n
-        except OSError as error:
-            raise GGUFShardError(f"{self.path}: offset {offset}: {error.strerror}") from None
+        write_fully(self._descriptor, data, offset, self.path)
 
     def sync(self) -> None:
         """Make what was written durable."""

@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from forge.core_file import (
     crc_table_bytes,
     crc_table_digest,
     page_offset,
-    read_fully,
 )
 from forge.crc32 import CONTENT_BYTES
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader, read_model
+from forge.journal import finish_journal
 from forge.page_plan import (
     MAX_PAGES_PER_SHARD,
     PagePlan,
@@ -58,6 +58,7 @@ from forge.sgmap import (
 from forge.sgmap_reader import parse_map
 from forge.shard_scan import scan_shards
 from forge.sharded_model import ShardedModel
+from forge.source_file import SourceFile
 
 _CHUNK_PAGES = 1024
 _ZERO_CHUNK = 4 << 20
@@ -98,31 +99,7 @@ class ShardOptions:
             )
 
 
-class _SourceFile:
-    """One file of the model, guarded against changes while it is read."""
-
-    def __init__(self, header: GGUFHeader) -> None:
-        self.header = header
-        self._file = open(header.name, "rb", buffering=0)  # noqa: SIM115 - closed by close()
-        self._before = os.fstat(self._file.fileno())
-        self.check_unchanged()
-
-    def read(self, offset: int, n_bytes: int) -> np.ndarray:
-        data = np.empty(n_bytes, np.uint8)
-        read_fully(self._file.fileno(), data.data, offset, self.header.name)
-        return data
-
-    def check_unchanged(self) -> None:
-        now = os.fstat(self._file.fileno())
-        same = (now.st_size, now.st_mtime_ns) == (self._before.st_size, self._before.st_mtime_ns)
-        if not same or now.st_size != self.header.file_bytes:
-            raise GGUFShardError(f"{self.header.name}: changed while it was read")
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _nonzero_ranges(source: _SourceFile) -> list[tuple[int, int]]:
+def _nonzero_ranges(source: SourceFile) -> list[tuple[int, int]]:
     """Ranges of the padding that hold anything but zeros."""
     found = []
     for start, n_bytes in padding_ranges(source.header):
@@ -210,7 +187,7 @@ class _PageWriter:
 
 
 def _read_and_hash(
-    chunks: Iterator[_Chunk], source: _SourceFile, digest: Any, hasher: Executor
+    chunks: Iterator[_Chunk], source: SourceFile, digest: Any, hasher: Executor
 ) -> Iterator[tuple[_Chunk, np.ndarray, Future[None]]]:
     """Each chunk with its data, whose hashing has been handed to `hasher` in file order."""
     for chunk in chunks:
@@ -220,7 +197,7 @@ def _read_and_hash(
 
 def _write_pages(
     writer: _PageWriter,
-    sources: Sequence[_SourceFile],
+    sources: Sequence[SourceFile],
     plan: PagePlan,
     advance: Callable[[int], None],
 ) -> list[SourcePart]:
@@ -240,7 +217,7 @@ def _write_pages(
     return parts
 
 
-def _build_map(
+def build_map(
     plan: PagePlan,
     parts: Sequence[GGUFHeader],
     source: Sequence[SourcePart],
@@ -291,12 +268,12 @@ def _check_map_fits(
     """
     source = [SourcePart(os.path.basename(p.name), p.file_bytes, "0" * 64) for p in parts]
     digests = ["0" * 16] * -(-plan.n_pages // plan.pages_per_shard)
-    parse_map(render_map(_build_map(plan, parts, source, options, digests, "0" * 32)), path)
+    parse_map(render_map(build_map(plan, parts, source, options, digests, "0" * 32)), path)
 
 
 def _write_model(
     plan: PagePlan,
-    sources: Sequence[_SourceFile],
+    sources: Sequence[SourceFile],
     options: ShardOptions,
     map_file: PendingFile,
     pages_file: PendingFile,
@@ -315,7 +292,7 @@ def _write_model(
         )
         digests = _check_written(pages_file, plan, writer.page_crc32, advance)
         table_digest = crc_table_digest(writer.page_crc32)
-        shard_map = _build_map(plan, parts, source, options, digests, table_digest)
+        shard_map = build_map(plan, parts, source, options, digests, table_digest)
         map_file.write(render_map(shard_map), 0)
         # Before the map's rename the old pair stands; after it, opening the map finishes what a
         # dead writer could not.
@@ -368,18 +345,16 @@ def shard_model(
     for part in parts:
         if "\\" in os.path.basename(part.name):
             raise GGUFShardError(f"{part.name}: a file name with a backslash cannot be recorded")
-    sources = [_SourceFile(part) for part in parts]
-    try:
+    with ExitStack() as stack:
+        sources = [stack.enter_context(SourceFile(part)) for part in parts]
         padding = [_nonzero_ranges(source) for source in sources]
         plan = plan_pages(parts, padding, options.memory_layout, options.pages_per_shard)
         _check_map_fits(plan, parts, options, map_path)
-        with PendingFile(map_path, 0, force) as map_file:
-            # `core.gguf.sgnew` may hold the pages of the map that stands: not ours to take over.
-            with suppress(GGUFShardError):
-                ShardedModel(map_path).close()
-            with PendingFile(pages_path, core_bytes(plan.n_pages), force) as pages_file:
-                _write_model(plan, sources, options, map_file, pages_file, progress)
-    finally:
-        for opened in sources:
-            opened.close()
+        map_file = stack.enter_context(PendingFile(map_path, 0, force))
+        finish_journal(map_path)
+        # `core.gguf.sgnew` may hold the pages of the map that stands: not ours to take over.
+        with suppress(GGUFShardError):
+            ShardedModel(map_path).close()
+        pages_file = stack.enter_context(PendingFile(pages_path, core_bytes(plan.n_pages), force))
+        _write_model(plan, sources, options, map_file, pages_file, progress)
     return map_path

@@ -10,6 +10,7 @@ import numpy as np
 from forge.core_file import CoreFile
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader, parse_header
+from forge.journal import finish_journal
 from forge.pages import PAGE_BYTES, unpack_raw
 from forge.pending_file import finish_pending, pending_path
 from forge.sgmap import RawSegment, ShardMap, core_path
@@ -48,6 +49,9 @@ def _open_core(path: Path, shard_map: ShardMap) -> tuple[CoreFile, np.ndarray]:
 class ShardedModel:
     """A sharded model opened for reading; a context manager.
 
+    A writer that died is finished first: a change in place whose journal it committed
+    (`forge.journal`), or new pages that belong to the map.
+
     Parameters
     ----------
     map_path
@@ -65,11 +69,13 @@ class ShardedModel:
     Raises
     ------
     GGUFShardError
-        If map, size of the pages' file, or the table of CRCs do not hold.
+        If map, size of the pages' file, or the table of CRCs do not hold, or a change in place was
+        interrupted and cannot be finished.
     """
 
     def __init__(self, map_path: str | os.PathLike[str]) -> None:
         self.map_path = Path(map_path)
+        finish_journal(self.map_path)
         self.map = load_map(self.map_path)
         self.core, self.page_crc32 = _open_core(core_path(self.map_path), self.map)
 

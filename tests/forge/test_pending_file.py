@@ -37,6 +37,14 @@ def test_appears_on_commit_only(path: Path) -> None:
     assert path.read_bytes() == b"helloworld"
 
 
+def test_nothing_can_be_written_of_any_kind(path: Path) -> None:
+    with PendingFile(path, 3) as file:
+        for nothing in (b"", np.empty(0, np.uint8), np.empty((2, 0), np.float32)):
+            file.write(nothing, 1)
+        file.commit()
+    assert path.read_bytes() == bytes(3)
+
+
 def test_vanishes_without_commit(path: Path) -> None:
     with PendingFile(path, 10) as file:
         file.write(b"x", 0)

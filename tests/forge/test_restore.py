@@ -189,7 +189,7 @@ def test_another_sha256_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Every page holds, yet the file is not the source: the last line of defence."""
     model = factory.write(tmp_path / "model.gguf", factory.small_model())
     map_path = shard_model(model, tmp_path)
-    monkeypatch.setattr("forge.restore.unpack_raw", lambda pages, n: pages.reshape(-1)[:n] ^ 1)
+    monkeypatch.setattr("forge.source_bytes.unpack_raw", lambda pages, n: pages.reshape(-1)[:n] ^ 1)
     with pytest.raises(GGUFShardError, match=r"restored model\.gguf has SHA-256 [0-9a-f]{64}, not"):
         restore_model(map_path, tmp_path / "restored.gguf")
     assert not list(tmp_path.glob("restored*"))
