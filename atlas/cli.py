@@ -162,7 +162,16 @@ def _cuda_check() -> Any:
     return DeviceCheck(select_target("cuda"))
 
 
+def _describe_patch(path: str) -> tuple[dict[str, Any], str]:
+    from delta.describe import describe_patch, patch_text
+
+    facts = describe_patch(path)
+    return facts, patch_text(facts, path)
+
+
 def _parser() -> argparse.ArgumentParser:
+    from delta import incremental_model_updater as updater
+    from delta.patch_file import MAGIC
     from forge.model_sharding_tool import PAGE_CHECKS, add_commands
 
     parser = argparse.ArgumentParser(
@@ -171,7 +180,8 @@ def _parser() -> argparse.ArgumentParser:
         "checked 4 KiB pages, and cache those within a budget.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_commands(commands, {**PAGE_CHECKS, "cuda": _cuda_check})
+    add_commands(commands, {**PAGE_CHECKS, "cuda": _cuda_check}, {MAGIC: _describe_patch})
+    updater.add_commands(commands)
     _add_run(commands)
     _add_fit(commands)
     return parser

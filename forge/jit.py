@@ -20,7 +20,7 @@ import numba
 from numba.core import config
 
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
-_COMPILED_SOURCES = ("forge", "atlas/ops")
+_COMPILED_SOURCES = ("forge", "delta", "atlas/ops")
 _KEPT_DIGESTS = 8
 _DIGEST = re.compile("[0-9a-f]{16}")
 

@@ -266,3 +266,57 @@ def draw(
             token = i
     assert token is not None
     return token, margin
+
+
+# ---- patches: planes of bytes, ordered differences, changed bytes ----
+
+
+def split_planes(
+    content: bytes, block_bytes: int, planes: Sequence[tuple[int, int]]
+) -> list[bytes]:
+    """For each (offset, size) the bytes that lie there in a block, of all blocks in turn."""
+    blocks = [content[i : i + block_bytes] for i in range(0, len(content), block_bytes)]
+    return [b"".join(block[at : at + size] for block in blocks) for at, size in planes]
+
+
+def in_order(bits: int, width: int, is_float: bool) -> int:
+    """A pattern of `width` bits as an integer that rises with the number it stands for."""
+    sign, magnitude = divmod(bits, 1 << (width - 1))
+    if is_float:
+        return -1 - magnitude if sign else magnitude
+    return magnitude - (sign << (width - 1))
+
+
+def ordered_difference(target: bytes, base: bytes, size: int, is_float: bool) -> list[int]:
+    """Steps from elements of `size` bytes to others, modulo their width: 0 -1 1 -2 as 0 1 2 3."""
+    steps = []
+    for i in range(0, len(target), size):
+        there, here = (int.from_bytes(x[i : i + size], "little") for x in (target, base))
+        step = in_order(there, 8 * size, is_float) - in_order(here, 8 * size, is_float)
+        step %= 1 << (8 * size)
+        if step >> (8 * size - 1):
+            step -= 1 << (8 * size)
+        steps.append(2 * step if step >= 0 else -2 * step - 1)
+    return steps
+
+
+def by_exponent(base: bytes, size: int, exponent_bits: int) -> list[int]:
+    """Numbers of the elements of `size` bytes, those with small exponents first."""
+    patterns = [int.from_bytes(base[i : i + size], "little") for i in range(0, len(base), size)]
+    exponents = [
+        pattern >> (8 * size - 1 - exponent_bits) & (1 << exponent_bits) - 1 for pattern in patterns
+    ]
+    return sorted(range(len(patterns)), key=lambda i: exponents[i])
+
+
+def changed_bytes(target: bytes, base: bytes, lengths: Sequence[int]) -> list[list[int]]:
+    """What a sparse group lists: changes of each page, and distance and XOR of each change."""
+    counts, gaps, values = [], [], []
+    start = 0
+    for length in lengths:
+        places = [i for i in range(length) if target[start + i] != base[start + i]]
+        counts.append(len(places))
+        gaps += [place - before - 1 for before, place in zip([-1, *places], places, strict=False)]
+        values += [target[start + i] ^ base[start + i] for i in places]
+        start += length
+    return [counts, gaps, values]

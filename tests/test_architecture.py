@@ -18,7 +18,7 @@ _MAX_KERNEL_LINES = 100  # its phases share registers and barriers, and cannot a
 _MAY_IMPORT = {
     "forge": set(),
     "delta": {"forge"},
-    "atlas": {"forge"},
+    "atlas": {"forge", "delta"},
     "experiments": {"forge", "delta", "atlas"},
 }
 
@@ -29,6 +29,7 @@ _LAYERS = (
     (
         "atlas.eviction", "atlas.host_store", "atlas.model_shards", "atlas.prefetch",
         "atlas.frame_pool", "atlas.swap", "atlas.cuda_graph", "atlas.device_check",
+        "atlas.live_update",
     ),
     ("atlas.shard_cache",),
     ("atlas.host_tier",),

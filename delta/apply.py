@@ -1,0 +1,126 @@
+"""`apply_patch`: the target of a patch, as new files.
+
+The patch is checked, then the base, and only then is anything written: beside its place, and
+renamed when its SHA-256 is the one that the patch names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from delta.bound_patch import BoundPatch, total_bytes
+from delta.diff import refuse_to_replace
+from delta.page_grid import Run
+from delta.page_sink import PageSink, TargetBuilder
+from delta.patch_file import PatchReader
+from delta.source_model import SourceModel, open_source
+from forge.core_file import read_fully
+from forge.gguf_file import part_paths
+from forge.journal import finish_journal
+from forge.pending_file import PendingFile
+from forge.progress import progress_bar
+
+
+class FileSink(PageSink):
+    """New files.
+
+    Parameters
+    ----------
+    files
+        One for each of the target's, as large as it, all zero.
+    """
+
+    def __init__(self, files: Sequence[PendingFile]) -> None:
+        self._files = files
+
+    def put_header(self, part: int, data: bytes) -> None:
+        self._files[part].write(data, 0)
+
+    def put(self, run: Run, first_page: int, data: np.ndarray) -> None:
+        self._files[run.part].write(data, run.span(first_page, 1)[0])
+
+    def read(self, part: int, offset: int, n_bytes: int) -> np.ndarray:
+        data = np.empty(n_bytes, np.uint8)
+        file = self._files[part]
+        read_fully(file.fileno(), data.data, offset, file.pending)
+        return data
+
+
+def bind(patch: PatchReader, base: SourceModel, reverse: bool, progress: bool) -> BoundPatch:
+    """Hold a patch against its base, with a progress bar while that is hashed."""
+    with progress_bar(base.n_bytes, "check base", progress) as advance:
+        return BoundPatch(patch, base, reverse, advance)
+
+
+def apply_patch(
+    base: str | os.PathLike[str],
+    patch: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    reverse: bool = False,
+    force: bool = False,
+    progress: bool = False,
+    dry_run: bool = False,
+) -> list[Path]:
+    """Write the model that a patch makes of its base.
+
+    Parameters
+    ----------
+    base
+        The GGUF file (of a split model, the first part), or the `.sgmap` of a sharded model.
+    patch
+        The patch.
+    output
+        The GGUF file to write; of a split model its first part.
+    reverse
+        Make the base of the target, with a reversible patch.
+    force
+        Replace existing files.
+    progress
+        Show progress bars on stderr.
+    dry_run
+        Check patch and base, and that they fit, and write nothing.
+
+    Returns
+    -------
+    list[pathlib.Path]
+        The files written, or that would be.
+
+    Raises
+    ------
+    GGUFShardError
+        If the patch is damaged, the base is not its base, or the output cannot be written; then no
+        file is. (Only a failure of the renames themselves, at the very end, can leave some parts
+        of a split model new and others not.)
+    """
+    with PatchReader(patch) as reader, open_source(base) as model:
+        bound = bind(reader, model, reverse, progress)
+        paths = part_paths(Path(output), len(bound.files))
+        for path in paths:
+            refuse_to_replace(model, path)
+        if not dry_run:
+            write_target(bound, paths, force, progress)
+    return paths
+
+
+def write_target(bound: BoundPatch, paths: Sequence[Path], force: bool, progress: bool) -> None:
+    """Build a target in new files, which take their places once all of them are right."""
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(PendingFile(path, record.bytes, force))
+            for path, record in zip(paths, bound.files, strict=True)
+        ]
+        total = total_bytes(bound.files)
+        advance = stack.enter_context(progress_bar(total, "apply", progress))
+        TargetBuilder(bound, FileSink(files), advance).build()
+        bound.base.check_unchanged()
+        for file in files:
+            finish_journal(file.path)  # of an update that the new file makes undone
+            file.sync()
+        for file in files:
+            file.commit()

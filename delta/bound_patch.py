@@ -1,0 +1,337 @@
+"""A patch held against the base it is for: every page of the target has its place and its source.
+
+Nothing is written here. What the patch says is checked against the headers of both models, so that
+whoever writes the target may trust it: each page is kept, copied, or stored, and none is twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from delta.byte_planes import element_kind
+from delta.compare import read_pages
+from delta.moved_pages import numbered
+from delta.page_coding import RAW, decode, decode_reverse
+from delta.page_grid import PADDING, Run, RunKey, model_runs, n_paired
+from delta.patch_file import BOTH, FORWARD, REVERSE, PageGroup, PatchReader, StoredGroup
+from delta.patch_plan import Direction, FileRecord, PageCopy, TouchedRun, decode_header
+from delta.source_model import SourceModel, require
+from forge.errors import GGUFShardError
+from forge.gguf_file import GGUFHeader, parse_header
+
+#: Where a page of the target comes from: the base's page of the same place, a copy, or else the
+#: group of this number.
+KEPT, COPIED = -1, -2
+#: A target may be so many times the base and the patch (and a GiB): more is no model's update.
+_MAX_GROWTH = 64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of consecutive pages of a run of the target."""
+
+    run: Run
+    first_page: int
+    data: np.ndarray
+
+    @property
+    def offset(self) -> int:
+        """Where they go in their file."""
+        return self.run.span(self.first_page, 1)[0]
+
+
+class BoundPatch:
+    """A patch and its base.
+
+    Parameters
+    ----------
+    patch
+        The open patch.
+    base
+        The model it is applied to.
+    reverse
+        Go back from the target to the base.
+    advance
+        Called with the bytes of the base that have been hashed.
+
+    Attributes
+    ----------
+    files
+        What the target's files will be.
+    headers, header_bytes
+        Their headers, parsed, and as they will be in the files.
+    runs
+        The target's runs, in file order.
+    others
+        For each run its namesake in the base, or None.
+    groups
+        What is stored for this direction.
+    sources
+        For each run where its pages come from, int32 [n_pages]: `KEPT`, `COPIED`, or the index of
+        the group.
+
+    Raises
+    ------
+    GGUFShardError
+        If the base is not the patch's, or the patch does not fit the models it names.
+    """
+
+    def __init__(
+        self,
+        patch: PatchReader,
+        base: SourceModel,
+        reverse: bool = False,
+        advance: Callable[[int], None] = lambda n_bytes: None,
+    ) -> None:
+        plan = patch.plan
+        self.patch = patch
+        self.base = base
+        self.is_reverse = reverse
+        if reverse and plan.reverse is None:
+            raise GGUFShardError(f"{patch.path}: holds no way back: it was made without reversible")
+        self._way: Direction = plan.reverse if reverse and plan.reverse else plan.forward
+        self.files: tuple[FileRecord, ...] = plan.base if reverse else plan.target
+        origin = plan.target if reverse else plan.base
+        role = "target" if reverse else "base"
+        require(base, [f.bytes for f in origin], [f.sha256 for f in origin], role, advance)
+        self._require_size()
+        self._rebuild_headers()
+        self.runs = model_runs(self.headers)
+        self._base_runs = model_runs(base.headers)
+        by_key = {run.key: run for run in self._base_runs}
+        self.others = [by_key.get(run.key) for run in self.runs]
+        self._place_touched()
+        self.groups = tuple(g for g in patch.groups if g.group.directions & self._direction)
+        self.sources = [np.full(run.n_pages, KEPT, np.int32) for run in self.runs]
+        for number, stored in enumerate(self.groups):
+            self._claim_group(stored.group, number)
+        self._copy_source: dict[RunKey, np.ndarray] = {}
+        for copy in self._way.copies:
+            self._claim_copy(copy)
+        self._require_all()
+
+    @property
+    def _direction(self) -> int:
+        return REVERSE if self.is_reverse else FORWARD
+
+    def decode(self, stored: StoredGroup) -> list[Piece]:
+        """The pages of a group; may be called by several threads.
+
+        Raises
+        ------
+        GGUFShardError
+            If the group does not hold what it says, or the base cannot be read.
+        """
+        group = stored.group
+        spans = list(self._spans(self._pages_here(group)))
+        runs = [(self.runs[i], self.others[i]) for i, _, _ in spans]
+        lengths = np.concatenate(
+            [run.page_lengths(first + np.arange(n))
+             for (run, _), (_, first, n) in zip(runs, spans, strict=True)]
+        )  # fmt: skip
+        base = None
+        if group.mode != RAW:
+            base = np.concatenate(
+                [read_pages(self.base, other, first, n)
+                 for (_, other), (_, first, n) in zip(runs, spans, strict=True)
+                 if other is not None]
+            )  # fmt: skip
+        data = self._decode_content(stored, base, lengths)
+        pieces = []
+        begin = 0
+        for (run, _), (_, first, n) in zip(runs, spans, strict=True):
+            size = run.span(first, n)[1]
+            pieces.append(Piece(run, first, data[begin : begin + size]))
+            begin += size
+        return pieces
+
+    def _decode_content(
+        self, stored: StoredGroup, base: np.ndarray | None, lengths: np.ndarray
+    ) -> np.ndarray:
+        group = stored.group
+        kind = element_kind(group.ggml_type)
+        streams = self.patch.streams(stored)
+        symmetric = group.directions == BOTH
+        try:
+            if self.is_reverse and symmetric and group.mode != RAW:
+                assert base is not None
+                return decode_reverse(kind, group.mode, streams, base, lengths)
+            return decode(kind, group.mode, streams, base, lengths, symmetric=symmetric)
+        except GGUFShardError as error:
+            raise self._fail(f"offset {stored.offset}: group: {error}") from None
+
+    def copied(self, run: Run, first: int, count: int) -> Iterator[tuple[int, int, Run, int, bool]]:
+        """Where copied pages of a run come from, in pieces of consecutive ones.
+
+        Yields
+        ------
+        tuple
+            First page, pages; run they equal, its first page, and whether that is one of the
+            target's own.
+        """
+        codes = self._copy_source[run.key][first : first + count]
+        while len(codes):
+            source, from_target = divmod(int(codes[0]), 2)
+            runs = self._touched_runs if from_target else self._base_runs
+            starts = self._touched_starts if from_target else self._base_starts
+            if source >= starts[-1]:
+                raise self._fail(f"copy: page {source} of {int(starts[-1])}")
+            i = int(np.searchsorted(starts, source, "right")) - 1
+            page = source - int(starts[i])
+            most = min(len(codes), runs[i].n_pages - page)
+            follows = np.flatnonzero(np.diff(codes[:most]) != 2)
+            n = int(follows[0]) + 1 if len(follows) else most
+            yield first, n, runs[i], page, bool(from_target)
+            first, codes = first + n, codes[n:]
+
+    def _fail(self, reason: str) -> GGUFShardError:
+        return GGUFShardError(f"{self.patch.path}: {reason}")
+
+    def _require_size(self) -> None:
+        room = _MAX_GROWTH * (self.base.n_bytes + self.patch.n_bytes) + (1 << 30)
+        if total_bytes(self.files) > room:
+            raise self._fail(f"target of {total_bytes(self.files)} bytes: too large for this base")
+
+    def _rebuild_headers(self) -> None:
+        headers: list[GGUFHeader] = []
+        self.header_bytes: list[bytes] = []
+        for part, (edit, file) in enumerate(zip(self._way.headers, self.files, strict=True)):
+            origin = self.base.header_bytes(min(part, len(self.base.names) - 1))
+            data = decode_header(edit, origin, self.patch.path)
+            if len(data) > file.bytes:
+                raise self._fail(f"header {part}: {len(data)} bytes in a file of {file.bytes}")
+            header = parse_header(data, f"{self.patch.path}: {file.name}", file.bytes)
+            if header.header_bytes != len(data):
+                raise self._fail(f"header {part}: {len(data) - header.header_bytes} bytes too many")
+            headers.append(header)
+            self.header_bytes.append(data)
+        self.headers = tuple(headers)
+
+    def _place_touched(self) -> None:
+        """Find the runs that the patch names."""
+        self._index = {run.key: i for i, run in enumerate(self.runs)}
+        places = []
+        for touched in self._way.runs:
+            i = self._index.get(touched.key, -1)
+            run, other = self.runs[i], self.others[i]
+            if i < 0 or TouchedRun.of(run, n_paired(run, other)) != touched:
+                raise self._fail(f"run {touched.name!r}[{touched.index}]: the models have no such")
+            places.append(i)
+        if places != sorted(places):
+            raise self._fail("runs: are not in the order of the file")
+        self._touched = places
+        self._touched_runs = [self.runs[i] for i in places]
+        self._touched_starts = numbered(self._touched_runs)
+        self._base_starts = numbered(self._base_runs)
+
+    def _pages_here(self, group: PageGroup) -> np.ndarray:
+        """Numbers of a group's pages over the touched runs of this direction."""
+        if not (self.is_reverse and group.directions == BOTH):
+            return group.pages
+        # Numbered the forward way: each page stands for its counterpart here.
+        forward = self.patch.plan.forward.runs
+        starts = np.cumsum([0, *(run.n_pages for run in forward)])
+        if int(group.pages[-1]) >= starts[-1]:
+            raise self._fail(f"group: page {int(group.pages[-1])} of {int(starts[-1])}")
+        here: dict[RunKey, int] = {
+            run.key: int(start)
+            for run, start in zip(self._touched_runs, self._touched_starts, strict=False)
+        }
+        which = np.searchsorted(starts, group.pages, "right") - 1
+        pages = np.empty_like(group.pages)
+        for i in np.unique(which).tolist():
+            run = forward[i]
+            of_run = which == i
+            numbers = group.pages[of_run] - int(starts[i])
+            if run.key not in here or int(numbers[-1]) >= run.n_paired:
+                raise self._fail(f"group: run {run.name!r} has no such page in both models")
+            pages[of_run] = numbers + here[run.key]
+        return pages
+
+    def _claim_group(self, group: PageGroup, number: int) -> None:
+        pages = self._pages_here(group)
+        self._claim(pages, number, "group")
+        n_bytes = 0
+        for index, first, count in self._spans(pages):
+            run = self.runs[index]
+            if run.ggml_type != group.ggml_type:
+                raise self._fail(f"group: {run.label} is not of its type")
+            if group.mode != RAW and first + count > n_paired(run, self.others[index]):
+                raise self._fail(f"group: {run.label}: a page has no counterpart in the base")
+            n_bytes += run.span(first, count)[1]
+        if n_bytes != group.n_bytes:
+            raise self._fail(f"group: its pages have {n_bytes} bytes, not {group.n_bytes}")
+        if group.directions == BOTH and group.mode == RAW:
+            raise self._fail("group: raw pages cannot serve both directions")
+
+    def _claim_copy(self, copy: PageCopy) -> None:
+        pages = np.arange(copy.first, copy.first + copy.count)
+        self._claim(pages, COPIED, "copy")
+        source = copy.source
+        for index, first, count in self._spans(pages):
+            run = self.runs[index]
+            codes = self._copy_source.setdefault(run.key, np.zeros(run.n_pages, np.int64))
+            codes[first : first + count] = 2 * np.arange(source, source + count) + copy.from_target
+            source += count
+
+    def _claim(self, pages: np.ndarray, source: int, what: str) -> None:
+        if len(pages) and int(pages.max()) >= self._touched_starts[-1]:
+            raise self._fail(f"{what}: page {int(pages.max())} of {int(self._touched_starts[-1])}")
+        for index, first, count in self._spans(pages):
+            claimed = self.sources[index][first : first + count]
+            if (claimed != KEPT).any():
+                raise self._fail(f"{what}: a page of {self.runs[index].label} is given twice")
+            claimed[:] = source
+
+    def _require_all(self) -> None:
+        """Every page is the base's, or given."""
+        for run, other, sources in zip(self.runs, self.others, self.sources, strict=True):
+            missing = np.flatnonzero(sources[n_paired(run, other) :] == KEPT)
+            if len(missing) and run.kind != PADDING:  # that is zero where nothing is said
+                page = int(missing[0]) + n_paired(run, other)
+                raise self._fail(f"page {page} of {run.label}: is neither stored nor in the base")
+            self._require_sources(run, sources)
+
+    def _require_sources(self, run: Run, sources: np.ndarray) -> None:
+        """Copies are of pages of the same size, and of none that are copies themselves."""
+        for begin, end in edges(sources):
+            if sources[begin] != COPIED:
+                continue
+            for first, count, source, page, from_target in self.copied(run, begin, end - begin):
+                numbers = np.arange(count)
+                if (run.page_lengths(first + numbers) != source.page_lengths(page + numbers)).any():
+                    raise self._fail(f"copy: pages of {run.label}, {source.label} differ in size")
+                if from_target:
+                    theirs = self.sources[self._index[source.key]]
+                    if (theirs[page : page + count] < 0).any():
+                        raise self._fail(f"copy: a page of {source.label} is itself not stored")
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        i = int(np.searchsorted(self._touched_starts, number, "right")) - 1
+        return self._touched[i], number - int(self._touched_starts[i])
+
+    def _spans(self, pages: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        """Consecutive pages of one run: (index of the run, first page, count)."""
+        if len(pages) == 0:
+            return
+        run = np.searchsorted(self._touched_starts, pages, "right")
+        breaks = np.flatnonzero((np.diff(pages) != 1) | (np.diff(run) != 0)) + 1
+        bounds = [0, *breaks.tolist(), len(pages)]
+        for begin, end in pairwise(bounds):
+            index, first = self._locate(int(pages[begin]))
+            yield index, first, end - begin
+
+
+def edges(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Begin and end of each stretch of equal values."""
+    bounds = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    yield from pairwise(bounds)
+
+
+def total_bytes(files: Sequence[FileRecord]) -> int:
+    """Bytes of a model's files together."""
+    return sum(file.bytes for file in files)

@@ -1,0 +1,195 @@
+"""Pages that stand elsewhere already, in the base or earlier in the target, are not stored again.
+
+Candidates are found by a hash of their content; each is compared byte by byte before it counts.
+Two sharded models know a hash of each page without reading it: the tables of CRCs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from delta.compare import RunChange, chunks, read_pages, slice_pages
+from delta.page_grid import TENSOR, Run
+from delta.source_model import ShardedSource, SourceModel
+
+_SMALLEST = 64  # bytes: naming a copy takes some, too
+_STEP = 1024  # pages compared at once
+
+
+@dataclass(frozen=True)
+class PageSources:
+    """Where each of some pages comes from.
+
+    Attributes
+    ----------
+    pages
+        int64 [n], ascending: the changed pages, counted over the touched runs.
+    source
+        int64 [n]: the page it equals, -1 if it has to be stored.
+    from_target
+        bool [n]: whether `source` counts over the touched runs, and not over all of the base's.
+    """
+
+    pages: np.ndarray
+    source: np.ndarray
+    from_target: np.ndarray
+
+    @property
+    def stored(self) -> np.ndarray:
+        """The pages that have to be stored."""
+        return self.pages[self.source < 0]
+
+
+def numbered(runs: Sequence[Run]) -> np.ndarray:
+    """Number of the first page of each run, int64 [n_runs + 1], the last one past the end."""
+    return np.cumsum([0, *(run.n_pages for run in runs)])
+
+
+def find_sources(
+    base: SourceModel, target: SourceModel, base_runs: Sequence[Run], touched: Sequence[RunChange]
+) -> PageSources:
+    """Find out which changed pages of the target equal others.
+
+    Parameters
+    ----------
+    base, target
+        The models.
+    base_runs
+        All runs of the base.
+    touched
+        The target's runs that have changed pages.
+    """
+    runs = [change.run for change in touched]
+    first = numbered(runs)
+    pages = np.concatenate(
+        [np.zeros(0, np.int64)]
+        + [first[i] + np.flatnonzero(change.changed) for i, change in enumerate(touched)]
+    )
+    sources = PageSources(pages, np.full(len(pages), -1, np.int64), np.zeros(len(pages), np.bool_))
+    if len(pages) == 0:
+        return sources
+    tables = _knows_tables(base, target)
+    keys = _keys(target, runs, tables)[pages]
+    _look_up(sources, keys, _keys(base, base_runs, tables))
+    _verify(sources, False, (target, runs), (base, base_runs))
+    _look_back(sources, keys)
+    _verify(sources, True, (target, runs), (target, runs))
+    return sources
+
+
+def _knows_tables(base: SourceModel, target: SourceModel) -> bool:
+    """Whether the tables of CRCs say of both models' pages what they hold."""
+    if not isinstance(base, ShardedSource) or not isinstance(target, ShardedSource):
+        return False
+    return base.model.map.atlas.memory_layout == target.model.map.atlas.memory_layout
+
+
+def _keys(model: SourceModel, runs: Sequence[Run], tables: bool) -> np.ndarray:
+    """A hash of each page of some runs, uint64 [n_pages]; 0 where there is none."""
+    if tables and isinstance(model, ShardedSource):
+        parts = [_table_keys(model, run, slice_pages(model)) for run in runs]
+    else:
+        parts = [_content_keys(model, run) for run in runs]
+    return np.concatenate([np.zeros(0, np.uint64), *parts])
+
+
+def _table_keys(
+    model: ShardedSource, run: Run, places: dict[tuple[int, str, int], tuple[int, int]]
+) -> np.ndarray:
+    first, n_pages = places.get(run.key, (0, 0))
+    if n_pages != run.n_pages:
+        return np.zeros(run.n_pages, np.uint64)
+    # The same bits are other pages where a page holds blocks of another size.
+    crcs = model.model.page_crc32[first : first + n_pages].astype(np.uint64)
+    return (crcs << np.uint64(16)) | np.uint64(run.page_bytes)
+
+
+def _content_keys(model: SourceModel, run: Run) -> np.ndarray:
+    keys = np.zeros(run.n_pages, np.uint64)
+    if run.kind != TENSOR:
+        return keys
+    for first, count in chunks(run, 0, run.n_pages):
+        data = memoryview(read_pages(model, run, first, count))
+        for i in range(count):
+            page = data[i * run.page_bytes : (i + 1) * run.page_bytes]
+            if len(page) >= _SMALLEST:
+                keys[first + i] = xxhash.xxh3_64_intdigest(page)
+    return keys
+
+
+def _look_up(sources: PageSources, keys: np.ndarray, others: np.ndarray) -> None:
+    """Pages of the base with the same hash."""
+    if len(others) == 0:
+        return
+    order = np.argsort(others, kind="stable")
+    place = np.searchsorted(others[order], keys)
+    found = order[np.minimum(place, len(order) - 1)]
+    is_hit = (keys != 0) & (others[found] == keys)
+    sources.source[is_hit] = found[is_hit]
+
+
+def _look_back(sources: PageSources, keys: np.ndarray) -> None:
+    """Earlier pages with the same hash among those that have to be stored."""
+    open_ones = np.flatnonzero((sources.source < 0) & (keys != 0))
+    _, first, which = np.unique(keys[open_ones], return_index=True, return_inverse=True)
+    earlier = open_ones[first[which]]
+    is_later = earlier != open_ones
+    sources.source[open_ones[is_later]] = sources.pages[earlier[is_later]]
+    sources.from_target[open_ones[is_later]] = True
+
+
+def _verify(
+    sources: PageSources,
+    from_target: bool,
+    here: tuple[SourceModel, Sequence[Run]],
+    there: tuple[SourceModel, Sequence[Run]],
+) -> None:
+    """Take back what only the hash said."""
+    candidates = np.flatnonzero((sources.source >= 0) & (sources.from_target == from_target))
+    starts = numbered(here[1]), numbered(there[1])
+    for index, count in _spans(sources, candidates, *starts):
+        (run, page), (other, source) = (
+            _locate(runs, start, int(number))
+            for (_, runs), start, number in zip(
+                (here, there), starts, (sources.pages[index], sources.source[index]), strict=True
+            )
+        )
+        same = np.zeros(count, np.bool_)
+        numbers = np.arange(count)
+        if run.page_bytes == other.page_bytes:
+            same = run.page_lengths(page + numbers) == other.page_lengths(source + numbers)
+        if same.all():
+            a = read_pages(here[0], run, page, count)
+            b = read_pages(there[0], other, source, count)
+            for i in range(count):
+                at = slice(i * run.page_bytes, (i + 1) * run.page_bytes)
+                same[i] = a[at].data == b[at].data
+        sources.source[index : index + count][~same] = -1
+        sources.from_target[index : index + count][~same] = False
+
+
+def _spans(
+    sources: PageSources, candidates: np.ndarray, starts: np.ndarray, other_starts: np.ndarray
+) -> Iterator[tuple[int, int]]:
+    """Candidates (index, count) that follow each other, here and there, within a run."""
+    if len(candidates) == 0:
+        return
+    page, source = sources.pages[candidates], sources.source[candidates]
+    breaks = (np.diff(candidates) != 1) | (np.diff(page) != 1) | (np.diff(source) != 1)
+    run = np.searchsorted(starts, page, "right")
+    other = np.searchsorted(other_starts, source, "right")
+    breaks |= (np.diff(run) != 0) | (np.diff(other) != 0)
+    begins = np.concatenate([[0], np.flatnonzero(breaks) + 1, [len(candidates)]])
+    for begin, end in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+        for i in range(begin, end, _STEP):
+            yield int(candidates[i]), min(_STEP, end - i)
+
+
+def _locate(runs: Sequence[Run], starts: np.ndarray, number: int) -> tuple[Run, int]:
+    """The run of a page, and its number there."""
+    i = int(np.searchsorted(starts, number, "right")) - 1
+    return runs[i], number - int(starts[i])

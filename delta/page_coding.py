@@ -1,0 +1,252 @@
+"""How the changed pages of a patch are coded: four modes, streams, and Zstandard.
+
+Pages are coded in groups of up to `GROUP_BYTES` of content, all of one kind of element and one
+mode. A group becomes a few *streams* of bytes:
+
+    RAW      the planes of the pages themselves (`delta.byte_planes`)
+    XOR      the planes of the pages XOR their counterparts in the base
+    ORDERED  the planes of the zigzagged steps from the base's elements to the target's; those of
+             floating-point elements are sorted by the exponent of the base's element
+    SPARSE   the changed bytes one by one
+
+The streams of SPARSE are, for each page, the number of its changed bytes, and for each changed
+byte the distance to the one before it in its page (from -1 at first) less one, and its XOR with
+the base's, which is never 0. The first two are u16, low bytes and high bytes in streams of their
+own: five streams in all.
+
+XOR and SPARSE lead back from the target to the base as well. So does ORDERED where the group is
+`symmetric`: then nothing is sorted, because who goes back does not know the exponents yet.
+
+Streams come from strangers when they are decoded. Their sizes follow from the group's, so what
+they expand to is known before; what SPARSE says is checked where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from delta.byte_planes import (
+    ElementKind,
+    add_ordered_difference,
+    check_pages,
+    check_sizes,
+    join_planes,
+    ordered_difference,
+    plane_sizes,
+    sort_by_exponent,
+    split_planes,
+)
+from delta.compression import compress_streams, decompress
+from delta.mode_choice import MODE_NAMES, ORDERED, RAW, SPARSE, XOR, choose_modes
+from forge.errors import GGUFShardError
+from forge.jit import cached_njit
+
+__all__ = [
+    "GROUP_BYTES", "MODE_NAMES", "ORDERED", "RAW", "SPARSE", "XOR", "choose_modes",
+    "compress_streams", "decode", "decode_reverse", "decompress", "encode", "stream_sizes",
+]  # fmt: skip
+
+GROUP_BYTES = 4 << 20
+
+
+def _check_mode(kind: ElementKind, mode: int) -> None:
+    """GGUFShardError for a mode that pages of this kind cannot have."""
+    if mode not in range(len(MODE_NAMES)):
+        raise GGUFShardError(f"mode {mode} is unknown")
+    if mode == ORDERED and not kind.has_order:
+        name = "raw bytes" if kind.ggml_type is None else kind.ggml_type.name
+        raise GGUFShardError(f"mode ordered is not for {name}")
+
+
+def encode(
+    kind: ElementKind,
+    mode: int,
+    target: np.ndarray,
+    base: np.ndarray | None,
+    lengths: np.ndarray,
+    *,
+    symmetric: bool = False,
+) -> list[np.ndarray]:
+    """The streams of a group of pages, not yet compressed.
+
+    Parameters
+    ----------
+    kind
+        What the pages are made of.
+    target, base
+        uint8 [n_bytes], contiguous: the pages and their counterparts, one after the other. RAW
+        needs no base.
+    lengths
+        Integers [n_pages], the bytes of each page: whole blocks, at most `MAX_PAGE_BYTES`.
+    symmetric
+        Whether `decode_reverse` must be able to go back (ORDERED only).
+
+    Returns
+    -------
+    list of numpy.ndarray
+        uint8 arrays of `stream_sizes`.
+    """
+    _check_mode(kind, mode)
+    check_pages(kind, lengths, target)
+    if mode == RAW:
+        return split_planes(kind, target)
+    check_pages(kind, lengths, base)
+    assert base is not None
+    if mode == SPARSE:
+        return _encode_sparse(target, base, lengths)
+    if mode == XOR:
+        return split_planes(kind, target ^ base)
+    difference = ordered_difference(kind, target, base)
+    if kind.exponent_bits and not symmetric:
+        difference = sort_by_exponent(kind, difference, base)
+    return split_planes(kind, difference)
+
+
+def stream_sizes(
+    kind: ElementKind, mode: int, n_bytes: int, n_pages: int, n_edits: int = 0
+) -> list[int]:
+    """Bytes of each stream of a group, before compression.
+
+    Parameters
+    ----------
+    n_bytes, n_pages
+        Content of the group.
+    n_edits
+        Changed bytes, for SPARSE; GGUFShardError if they are more than there are bytes.
+    """
+    _check_mode(kind, mode)
+    if mode != SPARSE:
+        return plane_sizes(kind, n_bytes)
+    if not 0 <= n_edits <= n_bytes:
+        raise GGUFShardError(f"{n_edits} changed bytes in {n_bytes}")
+    return [n_pages, n_pages, n_edits, n_edits, n_edits]
+
+
+def decode(
+    kind: ElementKind,
+    mode: int,
+    streams: Sequence[np.ndarray],
+    base: np.ndarray | None,
+    lengths: np.ndarray,
+    *,
+    symmetric: bool = False,
+) -> np.ndarray:
+    """The target's pages from the streams and the base's: uint8 [n_bytes].
+
+    Parameters are those of `encode`. GGUFShardError if the streams make no sense.
+    """
+    _check_mode(kind, mode)
+    if mode == RAW:
+        check_pages(kind, lengths)
+        return join_planes(kind, streams, int(lengths.sum()))
+    check_pages(kind, lengths, base)
+    assert base is not None
+    if mode != ORDERED:
+        return _apply_xor(kind, mode, streams, base, lengths)
+    difference = join_planes(kind, streams, base.size)
+    if kind.exponent_bits and not symmetric:
+        difference = sort_by_exponent(kind, difference, base, undo=True)
+    return add_ordered_difference(kind, base, difference)
+
+
+def decode_reverse(
+    kind: ElementKind,
+    mode: int,
+    streams: Sequence[np.ndarray],
+    target: np.ndarray,
+    lengths: np.ndarray,
+) -> np.ndarray:
+    """The base's pages from the streams and the target's: uint8 [n_bytes].
+
+    Modes are XOR, SPARSE, and ORDERED of a group that was encoded as symmetric. GGUFShardError if
+    the streams make no sense.
+    """
+    _check_mode(kind, mode)
+    check_pages(kind, lengths, target)
+    if mode == RAW:
+        raise GGUFShardError("mode raw does not lead back to the base")
+    if mode != ORDERED:
+        return _apply_xor(kind, mode, streams, target, lengths)
+    difference = join_planes(kind, streams, target.size)
+    return add_ordered_difference(kind, target, difference, backwards=True)
+
+
+def _apply_xor(kind: ElementKind, mode: int, streams: Sequence[np.ndarray],
+               known: np.ndarray, lengths: np.ndarray) -> np.ndarray:  # fmt: skip
+    """One side from the other, XOR or SPARSE."""
+    if mode == SPARSE:
+        return _decode_sparse(streams, known, lengths)
+    other = join_planes(kind, streams, known.size)
+    return np.bitwise_xor(other, known, out=other)
+
+
+# ---- changed bytes one by one ----
+
+
+@cached_njit()
+def _list_edits_loop(target: np.ndarray, base: np.ndarray, lengths: np.ndarray,
+                     counts: np.ndarray, gaps: np.ndarray, values: np.ndarray) -> None:  # fmt: skip
+    edit, start = 0, 0
+    for page in range(lengths.size):
+        first, last = edit, start - 1
+        for place in range(start, start + lengths[page]):
+            if target[place] != base[place]:
+                gaps[edit] = place - last - 1
+                values[edit] = target[place] ^ base[place]
+                last = place
+                edit += 1
+        counts[page] = edit - first
+        start += lengths[page]
+
+
+@cached_njit()
+def _make_edits_loop(content: np.ndarray, lengths: np.ndarray, counts: np.ndarray,
+                     gaps: np.ndarray, values: np.ndarray) -> int:  # fmt: skip
+    """Make the edits; the page of the first that cannot be, or -1. Counts are as many as gaps."""
+    edit, end = 0, 0
+    for page in range(lengths.size):
+        place = end - 1
+        end += lengths[page]
+        for _ in range(counts[page]):
+            place += gaps[edit] + 1
+            if place >= end or values[edit] == 0:
+                return page
+            content[place] ^= values[edit]
+            edit += 1
+    return -1
+
+
+def _encode_sparse(target: np.ndarray, base: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    n_edits = int(np.count_nonzero(target != base))
+    counts, gaps = np.empty(lengths.size, np.uint16), np.empty(n_edits, np.uint16)
+    values = np.empty(n_edits, np.uint8)
+    _list_edits_loop(target, base, lengths, counts, gaps, values)
+    return [half for u16 in (counts, gaps) for half in _halves(u16)] + [values]
+
+
+def _decode_sparse(
+    streams: Sequence[np.ndarray], known: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+    n_edits = streams[-1].size if streams else 0
+    check_sizes(streams, [lengths.size, lengths.size, n_edits, n_edits, n_edits])
+    counts, gaps = _from_halves(*streams[:2]), _from_halves(*streams[2:4])
+    if int(counts.sum(dtype=np.int64)) != n_edits:
+        raise GGUFShardError(
+            f"pages count {counts.sum(dtype=np.int64)} changed bytes, not {n_edits}"
+        )
+    content = known.copy()
+    page = _make_edits_loop(content, lengths, counts, gaps, streams[4])
+    if page >= 0:
+        raise GGUFShardError(f"page {page} of its group has a change past its end or of nothing")
+    return content
+
+
+def _halves(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high bytes of uint16 [n]."""
+    return values.astype(np.uint8), (values >> 8).astype(np.uint8)
+
+
+def _from_halves(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return low | (high.astype(np.uint16) << 8)
