@@ -1,8 +1,10 @@
 """Tables and plots from rows that `experiments.bench` wrote. Measures nothing.
 
-    python -m experiments.report [--machine NAME] [--write README.md] [--plot FILE.png]
+    python -m experiments.report [--machine NAME] [--table cpu|delta] [--write README.md]
+                                 [--plot FILE.png]
 
-`--write` puts the table between the lines `<!-- results:cpu -->` and `<!-- /results -->`.
+`--write` puts the table between the lines `<!-- results:cpu -->` (or `results:delta`) and
+`<!-- /results -->`.
 """
 
 from __future__ import annotations
@@ -11,18 +13,21 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.bench import RESULTS, machine_name
 from experiments.cases import GOALS, OURS, Goal
+from experiments.delta_plot import plot_patches
+from experiments.delta_report import delta_cells, delta_verdicts, is_delta
 from forge.command import run_command
 from forge.errors import GGUFShardError
 
 Row = Mapping[str, Any]
+Cells = Callable[[Sequence[Row]], list[tuple[str, ...]]]
 
-BEGIN, END = "<!-- results:cpu -->", "<!-- /results -->"
+BEGIN, BEGIN_DELTA, END = "<!-- results:cpu -->", "<!-- results:delta -->", "<!-- /results -->"
 _HEAD = ("case", "variant", "median", "p20 to p80", "limit", "of limit", "of peer")
 
 
@@ -87,17 +92,17 @@ def of_peer(row: Row, rows: Sequence[Row]) -> float | None:
     return None
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
+def markdown_table(rows: Sequence[Row], cells_of: Cells = table_cells) -> str:
     """The rows as a Markdown table, and one line about where they come from."""
-    head, *body = table_cells(rows)
+    head, *body = cells_of(rows)
     lines = [_markdown_line(head), _markdown_line(("---",) * len(head))]
     lines += [_markdown_line(cells) for cells in body]
     return "\n".join([*lines, "", provenance(rows)])
 
 
-def text_table(rows: Sequence[Row]) -> str:
+def text_table(rows: Sequence[Row], cells_of: Cells = table_cells) -> str:
     """The rows as aligned text for a terminal."""
-    cells = table_cells(rows)
+    cells = cells_of(rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -155,7 +160,7 @@ def _goal_line(goal: Goal, row: Row, rows: Sequence[Row]) -> list[str]:
     return [f"{label}: {text}: {'reached' if ok else 'missed'}"]
 
 
-def insert_table(text: str, table: str, name: str) -> str:
+def insert_table(text: str, table: str, name: str, begin: str = BEGIN) -> str:
     """A document with the table between its markers in place of what stood there.
 
     Raises
@@ -163,11 +168,11 @@ def insert_table(text: str, table: str, name: str) -> str:
     GGUFShardError
         If the document `name` does not hold the markers once, in order.
     """
-    before, begin, rest = text.partition(BEGIN)
+    before, found, rest = text.partition(begin)
     _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest:
-        raise GGUFShardError(f"{name}: want one line {BEGIN} and behind it a line {END}")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+    if not found or not end or begin in rest:
+        raise GGUFShardError(f"{name}: want one line {begin} and behind it a line {END}")
+    return f"{before}{begin}\n{table}\n{END}{after}"
 
 
 def plot_fractions(rows: Sequence[Row], path: Path) -> None:
@@ -227,16 +232,22 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    rows = read_rows(args.machine, args.results)
-    table = markdown_table(rows)
-    if args.plot is not None:
+    about_delta = args.table == "delta"
+    rows = [row for row in read_rows(args.machine, args.results) if is_delta(row) == about_delta]
+    if not rows:
+        raise GGUFShardError(f"{args.results / args.machine}: no rows for the table {args.table}")
+    table = markdown_table(rows, delta_cells if about_delta else table_cells)
+    if args.plot is not None and about_delta:
+        plot_patches(rows, args.plot, provenance(rows))
+    elif args.plot is not None:
         plot_fractions(rows, args.plot)
     if args.write is None:
         print(table)
     else:
-        text = insert_table(args.write.read_text(encoding="utf-8"), table, args.write.name)
+        text = args.write.read_text(encoding="utf-8")
+        text = insert_table(text, table, args.write.name, BEGIN_DELTA if about_delta else BEGIN)
         args.write.write_text(text, encoding="utf-8")
-    for line in goal_lines(rows):
+    for line in delta_verdicts(rows) if about_delta else goal_lines(rows):
         print(line, file=sys.stderr)
     return 0
 
@@ -248,8 +259,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--machine", default=machine_name(), help="default: this one")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--table", choices=("cpu", "delta"), default="cpu",
+                        help="patches, or everything else (default)")  # fmt: skip
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table in this file")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw shares of the limits")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png",
+                        help="draw shares of limits; of patches, size against time")  # fmt: skip
     parser.set_defaults(run=_run)
     return run_command(parser.parse_args(argv))
 

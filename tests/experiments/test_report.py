@@ -10,8 +10,17 @@ import pytest
 from matplotlib.image import imread
 
 from experiments import report
-from experiments.report import BEGIN, END, goal_lines, insert_table, markdown_table, of_peer
+from experiments.report import (
+    BEGIN,
+    BEGIN_DELTA,
+    END,
+    goal_lines,
+    insert_table,
+    markdown_table,
+    of_peer,
+)
 from forge.errors import GGUFShardError
+from tests.experiments.delta_rows import tool_rows
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -127,6 +136,29 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "decode.json").write_text("[")
     assert report.main(command) == 1
     assert "decode.json: no JSON rows" in capsys.readouterr().err
+
+
+def test_patches_have_a_table_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, readme = tmp_path / "box", tmp_path / "README.md"
+    folder.mkdir()
+    (folder / "decode.json").write_text(json.dumps([row(), PEER]))
+    command = ["--machine", "box", "--results", str(tmp_path), "--write", str(readme)]
+    readme.write_text(f"{BEGIN}\n{END}\nand\n{BEGIN_DELTA}\n{END}\n")
+    assert report.main([*command, "--table", "delta"]) == 1
+    assert "no rows for the table delta" in capsys.readouterr().err
+
+    patches = tool_rows("noise", "gguf-shard", (20e6, 0.5, 0.2, 300, 200))
+    (folder / "delta-patch.json").write_text(json.dumps(patches))
+    image = tmp_path / "plot.png"
+    assert report.main([*command, "--table", "delta", "--plot", str(image)]) == 0
+    assert "create 200 MB/s, goal at least 300: missed" in capsys.readouterr().err
+    assert imread(image).std() > 0.02
+    assert report.main(command) == 0
+    cpu, _, delta = readme.read_text().partition("\nand\n")
+    assert "| 9 tokens/s |" in cpu and "noise" not in cpu
+    assert "| noise, 100.00 MB | gguf-shard | 20,000,000 |" in delta and "tokens" not in delta
 
 
 def test_a_plot_needs_a_limit(tmp_path: Path) -> None:
