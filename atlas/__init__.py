@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atlas.errors import BudgetError, CorruptPageError
+    from atlas.live_update import ModelUpdatedError
     from atlas.manager import Atlas
     from atlas.target import CpuTarget, CudaTarget, select_target
 
@@ -19,6 +20,7 @@ __all__ = [
     "CorruptPageError",
     "CpuTarget",
     "CudaTarget",
+    "ModelUpdatedError",
     "select_target",
 ]
 
@@ -28,6 +30,7 @@ _HOMES = {
     "CorruptPageError": "atlas.errors",
     "CpuTarget": "atlas.target",
     "CudaTarget": "atlas.target",
+    "ModelUpdatedError": "atlas.live_update",
     "select_target": "atlas.target",
 }
 

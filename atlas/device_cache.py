@@ -14,8 +14,8 @@ device (`CudaTarget.guards`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from atlas.target import CudaTarget
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES
 from forge.progress import progress_bar
+from forge.sharded_model import ShardedModel
 from forge.sizes import Size
 
 
@@ -103,7 +104,9 @@ class DeviceCache:
         self._is_pinned = ranks == RANK_PINNED
         n_cached = int(is_cached.sum())
         self._n_loose = plan.n_frames - int((is_cached & self._is_pinned).sum())
-        self._kept_free = plan.reserve if plan.n_frames < n_cached else 0
+        self._holds_all = plan.n_frames >= n_cached
+        self._staying = is_cached if self._holds_all else is_cached & self._is_pinned
+        self._kept_free = 0 if self._holds_all else plan.reserve
         self._wanted: dict[int, int] = {}  # band and window: the tick that asked for each
         self._recent: dict[int, int] = {}  # all that was asked for since the oldest of those
         self._window: list[int] = []
@@ -114,7 +117,7 @@ class DeviceCache:
         self.is_complete = False
         target.guards.append(self.check)
         try:
-            self._fill(is_cached, plan.n_frames >= n_cached)
+            self._fill()
         except BaseException:
             self.close()
             raise
@@ -176,6 +179,50 @@ class DeviceCache:
                 raise
             self._wanted = {s: t for s, t in self._wanted.items() if s in kept}
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While this is entered, nothing is under way and nothing is read ahead.
+
+        Raises
+        ------
+        GGUFShardError
+            If a swap has met a fault, of which whoever fetches the pass's result has to be told.
+        """
+        self.target.synchronize()
+        if self.queue.has_fault:
+            raise GGUFShardError(
+                "a page has failed its check in a pass whose result nobody has fetched yet"
+            )
+        with self.host.cache.paused():
+            yield
+
+    def adopt(self, model: ShardedModel, changed: Sequence[int]) -> None:
+        """Go over to another version of the model, in a pause, and while nobody uses any shard.
+
+        Parameters
+        ----------
+        model
+            The version, of the same layout.
+        changed
+            Shards that differ: they are given up, on the device and in host memory, and those that
+            stay there are brought in again.
+
+        Raises
+        ------
+        CorruptPageError
+            If a page of what stays fails its check twice. Its shard is not resident then; it is
+            read when it is wanted next.
+        """
+        with self._lock:
+            self.is_complete = False
+            self._take_out(changed)
+            self.queue.expect(model.page_crc32)
+            try:
+                self.host.adopt(model, changed)
+            finally:
+                self.queue.publish_addresses()
+            self._bring_in_staying()
+
     @property
     def stats(self) -> CacheStats:
         """Counts of all that has been queued, fetched from the device once it is done."""
@@ -198,7 +245,7 @@ class DeviceCache:
 
     def scrub(self, n_pages: int) -> None:
         """Queue a check of the next `n_pages` pages of the pool, those of empty frames included;
-        what is found is reported by `check`. The shard is then given up."""
+        `check` reports what is found. The shard is then given up."""
         with self._lock:
             self.queue.scrub(n_pages)
         self._stats.pages_checked += n_pages
@@ -215,11 +262,12 @@ class DeviceCache:
         CorruptPageError
             If a page did not hold; what has been computed since must not be used.
         """
-        error = self.queue.take_fault()
-        if error is not None:
-            self.is_complete = False
-            self._recover()
-            raise error
+        with self._lock:  # not amid another thread's swap, which must find its faults itself
+            error = self.queue.take_fault()
+            if error is not None:
+                self.is_complete = False
+                self._recover()
+                raise error
 
     # The window
 
@@ -278,15 +326,19 @@ class DeviceCache:
 
     # Filling, and what rarely happens
 
-    def _fill(self, is_cached: np.ndarray, everything: bool) -> None:
+    def _fill(self) -> None:
         """Bring in what stays on the device, then what stays in host memory."""
-        staying = is_cached if everything else is_cached & self._is_pinned
-        self._load(np.flatnonzero(staying).tolist(), "device memory")
-        self.is_complete = everything
+        self._bring_in_staying("device memory")
         self.host.fill()
         self.queue.publish_addresses()
         n_pages = int(self.target.get(self.queue.state.state)[PAGES_IN])
         self._stats.bytes_filled = n_pages * PAGE_BYTES
+
+    def _bring_in_staying(self, label: str = "") -> None:
+        """Bring in what stays on the device and is not there."""
+        table = self.target.fetch(self.pages.table)
+        self._load(np.flatnonzero(self._staying & (table < 0)).tolist(), label)
+        self.is_complete = self._holds_all
 
     def _load(self, shards: Sequence[int], label: str = "") -> None:
         """Bring in shards, of which any number may be pinned, and wait for them; with a progress
@@ -325,15 +377,19 @@ class DeviceCache:
         """Undo the parts of a swap that came before the one that failed."""
         self.target.synchronize()
         table = self.target.fetch(self.pages.table)
-        came = np.flatnonzero((table >= 0) & (before < 0))
         gone = np.flatnonzero((table < 0) & (before >= 0)).tolist()
-        table[came] = -1
-        self.target.write(self.pages.table, table)
-        self._recover()
+        self._take_out(np.flatnonzero((table >= 0) & (before < 0)))
         # What has gone bad in the meantime comes back no more; it is the next acquire's error.
         for shard in gone:
             with suppress(GGUFShardError):
                 self._load([shard])
+
+    def _take_out(self, shards: Sequence[int] | np.ndarray) -> None:
+        """Let shards be resident no more; nothing may be under way."""
+        table = self.target.fetch(self.pages.table)
+        table[shards] = -1
+        self.target.write(self.pages.table, table)
+        self._recover()
 
     def _recover(self) -> None:
         """Plan anew from what is published, with nothing in the window."""

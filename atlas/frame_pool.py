@@ -20,7 +20,7 @@ _BYTES_PER_FRAME = 4 + 8 + 4  # frame_shard, ticks, held
 _BYTES_PER_SHARD = 4 + 1 + 4 + 4  # table, rank, numbers, missing
 _BYTES_PER_PAGE = 4  # the table of CRCs
 MAX_VICTIMS = 64  # of one load
-_LIST_PART = 1024  # shard numbers that go to the device at once: lists take little of the budget
+_LIST_PART = 1024  # numbers that go to the device at once: lists take little of the budget
 
 
 class FramePool:
@@ -110,9 +110,21 @@ class FramePool:
         for numbers in self._lists(shards):
             hold(self.target, self.table, self.held, numbers, change)
 
-    def _lists(self, shards: Sequence[int]) -> Iterator[Any]:
-        for i in range(0, len(shards), _LIST_PART):
-            yield self.target.put(np.array(shards[i : i + _LIST_PART], np.int32))
+    def _lists(self, numbers: Sequence[int] | np.ndarray) -> Iterator[Any]:
+        for i in range(0, len(numbers), _LIST_PART):
+            yield self.target.put(np.array(numbers[i : i + _LIST_PART], np.int32))
+
+    def release_all(self) -> None:
+        """End all uses."""
+        self.target.write(self.held, np.zeros(self.n_frames, np.int32))
+
+    def expect(self, page_crc32: np.ndarray) -> None:
+        """Let pages have other CRCs from now on, uint32 [n_pages]; resident shards stay."""
+        self.target.write(self.page_crc32, page_crc32)
+
+    def absent_pinned(self) -> list[int]:
+        """Pinned shards that are not resident."""
+        return np.flatnonzero(self._is_pinned & ~self.is_resident).tolist()
 
     def n_evictable(self) -> int:
         """Frames whose shards are neither pinned nor held."""
@@ -201,13 +213,13 @@ class FramePool:
 
     def evict(self, shards: Sequence[int]) -> None:
         """Give up exactly these resident shards, which nobody holds."""
-        table = self.target.get(self.table)
-        frames = table[list(shards)]
+        frames = self.target.get(self.table)[list(shards)]
         none = self.target.empty(0, np.int32)
-        publish(
-            self.target, self.table, self.frame_shard, self.ticks,
-            self.target.put(frames), none, none, self.tick,
-        )  # fmt: skip
+        for numbers in self._lists(frames):
+            publish(
+                self.target, self.table, self.frame_shard, self.ticks, numbers, none, none,
+                self.tick,
+            )  # fmt: skip
         self._free.extend(frames.tolist())
         self._shard_of[frames] = -1
         self.is_resident[list(shards)] = False

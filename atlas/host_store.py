@@ -23,6 +23,12 @@ class FileStore:
     ----------
     model
         The open sharded model.
+
+    Attributes
+    ----------
+    model
+        The model that shards come from now; another version of the same layout may take its place
+        (`atlas.live_update`).
     """
 
     def __init__(self, model: ShardedModel) -> None:

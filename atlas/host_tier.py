@@ -22,6 +22,7 @@ from atlas.ops.lru import RANK_COLD, RANK_PINNED
 from atlas.shard_cache import ShardCache
 from atlas.target import CpuTarget, MappedArray
 from forge.pages import PAGE_BYTES
+from forge.sharded_model import ShardedModel
 from forge.sizes import Size, format_bytes
 
 _CHUNK_BYTES = 1 << 30  # pinned at once: several threads pin, and no size is rounded up much
@@ -59,6 +60,58 @@ class PinnedFramePool(FramePool):
                 self.target, self.frame(frame), first, np.array([shard], np.int32),
                 self.shard_shift, self.n_pages, self.page_crc32, part,
             )  # fmt: skip
+
+
+class LendingCache(ShardCache):
+    """A cache of shards that another cache takes shards from."""
+
+    def lend(self, shards: Sequence[int]) -> list[int]:
+        """Make shards resident and hold them until they are taken back; returns their frames.
+
+        Raises
+        ------
+        CorruptPageError
+            If a page fails its check twice; then none of them is held.
+        GGUFShardError
+            If the pool cannot hold all of them at once.
+        """
+        with self._demand, self._lock:
+            missing = [s for s in shards if not self.pool.is_resident[s]]
+            held = [s for s in shards if self.pool.is_resident[s]]
+            self.pool.hold_each(held, +1)
+            try:
+                self.pool.touch_each(held)
+                self._count_lent(held, missing)
+                while absent := [s for s in missing if not self.pool.is_resident[s]]:
+                    demanded = [s for s in absent if s not in self._loading]
+                    if demanded:
+                        self._load(self._lanes[0], demanded[: self.plan.reserve])
+                    else:
+                        self._lock.wait()
+                    came = [s for s in absent if self.pool.is_resident[s]]
+                    self.pool.hold_each(came, +1)
+                    held += came
+            except BaseException:
+                self.pool.hold_each(held, -1)
+                raise
+            self._ask_ahead(shards[-1])
+            return [self.pool.frame_of(s) for s in shards]
+
+    def take_back(self, shards: Sequence[int]) -> None:
+        """End the loan of shards."""
+        with self._lock:
+            self.pool.hold_each(shards, -1)
+            self._lock.notify_all()
+
+    def _count_lent(self, held: list[int], missing: list[int]) -> None:
+        used = [s for s in held if s in self._ahead]
+        self._ahead.difference_update(used)
+        self.pool.hold_each(used, -1)
+        late = sum(s in self._loading for s in missing)
+        self.stats.late_prefetches += late
+        self.stats.prefetch_hits += len(used) + late
+        self.stats.demand_misses += len(missing) - late
+        self.stats.reuse_hits += len(held) - len(used)
 
 
 class HostTier:
@@ -133,7 +186,7 @@ class HostTier:
             store.model.page_crc32, ranks,
         )  # fmt: skip
         self.n_bytes = plan.n_frames * self.pool.frame_bytes
-        self.cache = ShardCache(self.pool, plan, store, streamed, is_cached, [])
+        self.cache = LendingCache(self.pool, plan, store, streamed, is_cached, [])
         self.addresses = np.zeros(n_shards, np.uint64)
         self._kept = kept or np.flatnonzero(ranks == RANK_PINNED).tolist()
         self._store = store
@@ -147,10 +200,27 @@ class HostTier:
             If a page fails its check twice.
         """
         if self._kept:
-            n_threads = min(len(os.sched_getaffinity(0)), _MAX_THREADS, len(self._kept))
-            self.cache.fill(self._kept, n_threads, "host memory")
+            self.cache.fill(self._kept, _n_threads(len(self._kept)), "host memory")
+        self._note_addresses()
+
+    def adopt(self, model: ShardedModel, changed: Sequence[int]) -> None:
+        """Go over to another version of the model, with no loan out and the device at rest.
+
+        Raises
+        ------
+        CorruptPageError
+            If a page of what stays here fails its check twice. Its shard has no address then; it is
+            lent like those that pass through.
+        """
+        try:
+            self.cache.adopt(model, changed, _n_threads(len(changed)))
+        finally:
+            self._note_addresses()
+
+    def _note_addresses(self) -> None:
         for shard in self._kept:
-            self.addresses[shard] = self.pool.address(self.pool.frame_of(shard))
+            frame = self.pool.frame_of(shard)
+            self.addresses[shard] = self.pool.address(frame) if frame >= 0 else 0
 
     def lend(self, shards: Sequence[int]) -> list[int]:
         """Addresses of shards, read from the file if need be, and kept until `take_back`."""
@@ -169,6 +239,10 @@ class HostTier:
     def close(self) -> None:
         """Stop reading ahead."""
         self.cache.close()
+
+
+def _n_threads(n_shards: int) -> int:
+    return min(len(os.sched_getaffinity(0)), _MAX_THREADS, max(n_shards, 1))
 
 
 def _limit(memory: Size | None) -> int:

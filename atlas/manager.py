@@ -13,6 +13,7 @@ from atlas.device_cache import DeviceCache
 from atlas.eviction import expected_hit_ratio, shard_ranks
 from atlas.frame_pool import FramePool
 from atlas.host_store import FileStore
+from atlas.live_update import LiveModel
 from atlas.model_shards import Band, ModelShards
 from atlas.ops.dequant import dequantise
 from atlas.ops.lru import RANK_PINNED
@@ -26,7 +27,7 @@ from forge.sharded_model import ShardedModel
 from forge.sizes import Size, parse_size
 
 
-class Atlas:
+class Atlas(LiveModel):
     """A sharded model, opened with a budget of device memory; a context manager.
 
     Use `Atlas.open` for a model of its own, or the constructor to share an open one.
@@ -77,8 +78,7 @@ class Atlas:
         order: Sequence[str] | None = None,
         host_memory: Size | None = None,
     ) -> None:
-        self.model = model
-        self.map = model.map
+        super().__init__(FileStore(model))
         self.target = target
         self.shards = ModelShards(model.map, order)
         self.shape = self.shards.shape()
@@ -93,7 +93,6 @@ class Atlas:
         )
         self._is_cached = np.zeros(self.map.n_shards, np.bool_)
         self._is_cached[[*self.shards.high, *self.shards.schedule, *self.shards.unscheduled]] = True
-        self._store = FileStore(model)
         self._bands: dict[tuple[str, int], list[Band]] = {}
         ranks = shard_ranks(self.map.n_shards, self.shards.high, self.shards.schedule, self.plan)
         self.shard_cache: ShardCache | DeviceCache
@@ -151,6 +150,7 @@ class Atlas:
 
     def close(self) -> None:
         """Stop prefetching and close the model."""
+        self.followers.clear()  # which have this Atlas in turn, and memory on a GPU
         self.shard_cache.close()
         self.model.close()
 
@@ -169,7 +169,8 @@ class Atlas:
     @property
     def stats(self) -> CacheStats:
         """Counts so far; on a GPU they are fetched from the device, a copy each time."""
-        return self.shard_cache.stats
+        with self._use:
+            return self.shard_cache.stats
 
     @property
     def expected_reuse_ratio(self) -> float | None:
@@ -197,7 +198,8 @@ class Atlas:
         return self._bands[key]
 
     def acquire(self, band: Band) -> None:
-        """Make a band's shards resident and keep them so until the next call, by one thread.
+        """Make a band's shards resident and keep them so until the next call, by one thread, or an
+        update of the model, which `in_use` holds off.
 
         Raises
         ------
@@ -209,9 +211,16 @@ class Atlas:
             raise GGUFShardError(f"{n_shards} shards in a band, {self.plan.band} are planned for")
         self.shard_cache.acquire(band.first_shard, band.last_shard)
 
-    def tensor(self, name: str, index: int = 0) -> Any:
+    def tensor(self, name: str, index: int = 0, out: Any = None) -> Any:
         """A tensor, dequantised: float32 [n_rows, n_cols] on the target (`__cuda_array_interface__`
-        on cuda, NumPy on cpu). It takes memory of its own, outside the budget.
+        on cuda, NumPy on cpu).
+
+        Parameters
+        ----------
+        name, index
+            The tensor, and which slice of it.
+        out
+            The array to fill; None for one whose memory is outside the budget.
 
         Raises
         ------
@@ -221,16 +230,19 @@ class Atlas:
             If the model has no such tensor, or its type cannot be dequantised.
         """
         w = self.matrix(name, index)
-        out = self.target.empty((w.n_rows, w.n_cols), np.float32)
+        if out is None:
+            out = self.target.empty((w.n_rows, w.n_cols), np.float32)
         if not self._caches(w):
             self.target.write(out, self.rows(w, range(w.n_rows)))
             return out
-        for band in self.bands(w):
-            self.acquire(band)
-            dequantise(self.target, out[band.begin : band.end], self.cache, w, band.begin, band.end)
-        self.target.synchronize()
-        if isinstance(self.shard_cache, DeviceCache):
-            self.shard_cache.check()  # others may take what is returned as it lies there
+        with self._use:
+            for band in self.bands(w):
+                self.acquire(band)
+                rows = out[band.begin : band.end]
+                dequantise(self.target, rows, self.cache, w, band.begin, band.end)
+            self.target.synchronize()
+            if isinstance(self.shard_cache, DeviceCache):
+                self.shard_cache.check()  # others may take what is returned as it lies there
         return out
 
     def rows(self, w: PagedMatrix, numbers: Iterable[int]) -> np.ndarray:
@@ -260,9 +272,10 @@ class Atlas:
         """
         wanted = list(numbers)
         out = np.empty((len(wanted), w.n_cols), np.float32)
-        for row, number in zip(out, wanted, strict=True):
-            row[:] = self._store.read_row(w, number)
-            self.shard_cache.count_checked(len(w.pages_of_rows(number, number + 1)))
+        with self._use:
+            for row, number in zip(out, wanted, strict=True):
+                row[:] = self._store.read_row(w, number)
+                self.shard_cache.count_checked(len(w.pages_of_rows(number, number + 1)))
         return out
 
     def atomic_swap(self, shard_ids: Sequence[int], stream: Any = None) -> None:
@@ -287,7 +300,8 @@ class Atlas:
         for shard in wanted:
             if not 0 <= shard < self.map.n_shards or not self._is_cached[shard]:
                 raise GGUFShardError(f"shard {shard}: the model has no cached shard of this number")
-        self.shard_cache.swap(wanted)
+        with self._use:
+            self.shard_cache.swap(wanted)
 
     def scrub(self, n_pages: int) -> None:
         """Check the next resident pages again, for memory that forgets.
@@ -304,7 +318,8 @@ class Atlas:
             found. Its shard is given up, and brought in again when it is wanted next.
         """
         if n_pages:
-            self.shard_cache.scrub(n_pages)
+            with self._use:
+                self.shard_cache.scrub(n_pages)
 
     def _caches(self, w: PagedMatrix) -> bool:
         shift = self.map.shard_shift

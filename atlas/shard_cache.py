@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from atlas.swap import N_LANES, Lane, Swapper
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES
 from forge.progress import progress_bar
+from forge.sharded_model import ShardedModel
 
 
 class ShardCache:
@@ -81,11 +82,12 @@ class ShardCache:
         self._ahead: set[int] = set()  # prefetched, held, not yet used
         self._window: set[int] = set()  # what may be read ahead now
         self._wanted: list[int] = []
-        self._swapping = False
+        self._n_pauses = 0  # while there are any, no reading ahead begins
         self._scrubbed = -1  # the frame checked last
         self._complete = False  # for good: everything is resident, nothing moves any more
         self._prefetcher: Prefetcher | None = None
         self.fill(pinned)
+        self.stats.bytes_filled = self.stats.bytes_moved
         is_worth_it = pool.frame_bytes >= MIN_BACKGROUND_BYTES
         if pool.target.has_background and is_worth_it and plan.distance:
             self._prefetcher = Prefetcher(self._lock, self._fetch_ahead)
@@ -171,18 +173,55 @@ class ShardCache:
         GGUFShardError
             If the pool cannot hold all of them at once.
         """
-        with self._demand, self._lock:
-            self._swapping = True  # no reading ahead begins
-            try:
+        with self._demand, self._lock, self.paused():
+            self._load_all_or_nothing(wanted)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While this is entered, nothing is under way and nothing is read ahead."""
+        with self._lock:
+            self._n_pauses += 1
+        try:
+            with self._lock:
                 while self._loading:
                     self._lock.wait()
-                self._load_all_or_nothing(wanted)
-            finally:
-                self._swapping = False
+            yield
+        finally:
+            with self._lock:
+                self._n_pauses -= 1
                 self._lock.notify_all()
 
+    def adopt(self, model: ShardedModel, changed: Sequence[int], n_threads: int = 1) -> None:
+        """Go over to another version of the model, in a pause, and while nobody uses any shard.
+
+        Parameters
+        ----------
+        model
+            The version, of the same layout.
+        changed
+            Shards that differ: those that are resident are given up, and the pinned ones brought in
+            again.
+        n_threads
+            Threads that read and check.
+
+        Raises
+        ------
+        CorruptPageError
+            If a page of a pinned shard fails its check twice. Its shard is not resident then; it is
+            read when it is wanted next.
+        """
+        with self._demand:
+            with self._lock:
+                self._complete = False
+                self._current, self._ahead = None, set()
+                self.pool.release_all()
+                self.pool.evict([s for s in changed if self.pool.is_resident[s]])
+                self.pool.expect(model.page_crc32)
+                self.store.model = model
+            self.fill(self.pool.absent_pinned(), n_threads)
+
     def fill(self, shards: Sequence[int], n_threads: int = 1, label: str = "") -> None:
-        """Bring in shards for which there are free frames, before anything is acquired.
+        """Bring in shards for which there are free frames, while nothing else is brought in.
 
         Parameters
         ----------
@@ -210,57 +249,6 @@ class ShardCache:
                     done.result()
         with self._lock:
             self._complete = self._is_complete()
-        self.stats.bytes_filled = self.stats.bytes_moved
-
-    # What another cache takes from this one
-
-    def lend(self, shards: Sequence[int]) -> list[int]:
-        """Make shards resident and hold them until they are taken back; returns their frames.
-
-        Raises
-        ------
-        CorruptPageError
-            If a page fails its check twice; then none of them is held.
-        GGUFShardError
-            If the pool cannot hold all of them at once.
-        """
-        with self._demand, self._lock:
-            missing = [s for s in shards if not self.pool.is_resident[s]]
-            held = [s for s in shards if self.pool.is_resident[s]]
-            self.pool.hold_each(held, +1)
-            try:
-                self.pool.touch_each(held)
-                self._count_lent(held, missing)
-                while absent := [s for s in missing if not self.pool.is_resident[s]]:
-                    demanded = [s for s in absent if s not in self._loading]
-                    if demanded:
-                        self._load(self._lanes[0], demanded[: self.plan.reserve])
-                    else:
-                        self._lock.wait()
-                    came = [s for s in absent if self.pool.is_resident[s]]
-                    self.pool.hold_each(came, +1)
-                    held += came
-            except BaseException:
-                self.pool.hold_each(held, -1)
-                raise
-            self._ask_ahead(shards[-1])
-            return [self.pool.frame_of(s) for s in shards]
-
-    def take_back(self, shards: Sequence[int]) -> None:
-        """End the loan of shards."""
-        with self._lock:
-            self.pool.hold_each(shards, -1)
-            self._lock.notify_all()
-
-    def _count_lent(self, held: list[int], missing: list[int]) -> None:
-        used = [s for s in held if s in self._ahead]
-        self._ahead.difference_update(used)
-        self.pool.hold_each(used, -1)
-        late = sum(s in self._loading for s in missing)
-        self.stats.late_prefetches += late
-        self.stats.prefetch_hits += len(used) + late
-        self.stats.demand_misses += len(missing) - late
-        self.stats.reuse_hits += len(held) - len(used)
 
     # How shards come and go; all with the lock held
 
@@ -383,9 +371,9 @@ class ShardCache:
     def _fetch_ahead(self) -> bool:
         """Bring in the next shards of the window; whether there was anything to bring.
 
-        Stands back for a swap, and for a demand that waits for frames.
+        Stands back while there is a pause, and for a demand that waits for frames.
         """
-        if self._swapping or self._swapper.n_waiting:
+        if self._n_pauses or self._swapper.n_waiting:
             return False
         batch = [
             s for s in self._wanted if s not in self._loading and not self.pool.is_resident[s]

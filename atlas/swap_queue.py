@@ -112,6 +112,15 @@ class SwapQueue:
         """Tell the kernels which shards lie in host memory for good."""
         self.target.write(self._host_address, self.host.addresses)
 
+    def expect(self, page_crc32: np.ndarray) -> None:
+        """Let pages have other CRCs from now on, uint32 [n_pages]; nothing may be under way."""
+        self.target.write(self._page_crc32, page_crc32)
+
+    @property
+    def has_fault(self) -> bool:
+        """Whether `take_fault` would return an error."""
+        return bool(self._fault.host[FAULT_KIND])
+
     def compute_so_far(self) -> Any:
         """An event: all compute that has been launched until now."""
         return self._event(self.target.stream)
@@ -178,9 +187,9 @@ class SwapQueue:
     def take_fault(self) -> GGUFShardError | None:
         """What a swap has found, as an error, once; None if all is well. Behind a fault all that is
         queued does nothing until `recover`."""
-        kind, number = (int(self._fault.host[i]) for i in (FAULT_KIND, FAULT_NUMBER))
-        if kind == 0:
+        if not self.has_fault:
             return None
+        kind, number = (int(self._fault.host[i]) for i in (FAULT_KIND, FAULT_NUMBER))
         self.target.synchronize()
         self._fault.host[:] = 0
         if kind == FAULT_PAGE:

@@ -61,6 +61,11 @@ class DecodeGraph:
         self._graph.launch()
         self._cache.count_hits(self._hits)
 
+    def drop(self) -> None:
+        """Forget the captured pass: the next one is given something else."""
+        self._graph = None
+        self._generation = 0
+
     def _capture(self, work: Callable[[], None]) -> bool:
         hits = self._cache.hits
         try:

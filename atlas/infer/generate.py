@@ -11,6 +11,7 @@ import numpy as np
 
 from atlas.infer.model import LlamaModel
 from atlas.infer.sampling import Sampler
+from atlas.live_update import ModelUpdatedError
 from atlas.stats import CacheStats
 
 
@@ -84,30 +85,38 @@ def generate(
     ------
     CorruptPageError
         If a page failed its check; no token that depends on it has been handed out.
+    ModelUpdatedError
+        If the model has been updated since the text began; all tokens that have been handed out are
+        those of the version before.
     GGUFShardError
         If the prompt does not fit the context.
     """
     result = Generation()
     before = model.atlas.stats.copy()
     started = time.perf_counter()
-    logits = model.forward(prompt)
-    result.prompt_logits = model.target.get(logits)
-    result.prompt_seconds = time.perf_counter() - started
-    after_prompt = model.atlas.stats.copy()
-    result.prompt_stats = after_prompt.since(before)
-    for _ in range(n_tokens):
+    with model.atlas.in_use():
+        version = model.atlas.version
+        logits = model.forward(prompt)
+        result.prompt_logits = model.target.get(logits)
+        result.prompt_seconds = time.perf_counter() - started
+        after_prompt = model.atlas.stats.copy()
+        result.prompt_stats = after_prompt.since(before)
+        if n_tokens < 1:
+            return result
         token = sampler.choose(model.target, logits)
-        if not result.tokens:
-            result.first_token_seconds = time.perf_counter() - started
-            decoding = time.perf_counter()
+    result.first_token_seconds = time.perf_counter() - started
+    decoding = time.perf_counter()
+    while True:
         result.tokens.append(token)
         on_token(token)
         is_full = model.position == model.kv_cache.n_context
         if token in stop or is_full or len(result.tokens) == n_tokens:
             break
-        logits = model.forward([token])
+        with model.atlas.in_use():
+            if model.atlas.version != version:  # the position may have been set to 0 since
+                raise ModelUpdatedError
+            token = sampler.choose(model.target, model.forward([token]))
         result.n_decode_passes += 1
-    if result.tokens:
-        result.decode_seconds = time.perf_counter() - decoding
+    result.decode_seconds = time.perf_counter() - decoding
     result.decode_stats = model.atlas.stats.since(after_prompt)
     return result

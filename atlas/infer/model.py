@@ -14,83 +14,41 @@ as in H. Touvron et al., "LLaMA" (2023), with grouped keys and values (J. Ainsli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from atlas.device_cache import DeviceCache
+from atlas.infer.activations import Activations, reserved_bytes
 from atlas.infer.config import LlamaConfig
 from atlas.infer.decode_graph import DecodeGraph
-from atlas.infer.kv_cache import KVCache, kv_cache_bytes
-from atlas.infer.weights import Weights, execution_order, vector_bytes
+from atlas.infer.kv_cache import KVCache
+from atlas.infer.weights import Weights, execution_order
+from atlas.live_update import ModelUpdatedError
 from atlas.manager import Atlas
 from atlas.model_shards import EMBEDDING
-from atlas.ops.attention import attention, attention_scratch_floats
+from atlas.ops.attention import attention
 from atlas.ops.elementwise import add_rows, add_scaled, advance, swiglu
 from atlas.ops.norm import add_rms_norm, rms_norm
 from atlas.ops.rope import rotate_and_store
-from atlas.ops.sample import choice_bytes
 from atlas.target import Target
 from forge.errors import GGUFShardError
-from forge.sgmap import ShardMap
 from forge.sharded_model import ShardedModel
 from forge.sizes import Size
 
 DEFAULT_BATCH = 64
-_SCRATCH_FLOATS = 1 << 20  # rows dequantised at a time for products with several tokens
-_POSITION_BYTES = 4
-
-
-def _scratch_floats(config: LlamaConfig, n_context: int) -> int:
-    """For dequantised rows, and for attention: never both at a time."""
-    c = config
-    return max(_SCRATCH_FLOATS if c.n_embd >= 512 else 1 << 16, c.n_ff, c.n_embd,
-               c.n_head * c.head_dim,
-               attention_scratch_floats(c.n_head, c.n_head_kv, c.head_dim, n_context),
-               )  # fmt: skip
-
-
-class _Activations:
-    """Buffers of a pass of up to `n_batch` tokens, one row a token."""
-
-    def __init__(
-        self, target: Target, config: LlamaConfig, n_context: int, n_batch: int, n_vocab: int
-    ) -> None:
-        widths = _activation_widths(config)
-        self._rows = {name: target.empty((n_batch, n), np.float32) for name, n in widths.items()}
-        self.logits = target.empty((1, n_vocab), np.float32)
-        self.scratch = target.empty(_scratch_floats(config, n_context), np.float32)
-
-    def first(self, n_tokens: int) -> dict[str, Any]:
-        """Every buffer, cut to `n_tokens` rows."""
-        return {name: rows[:n_tokens] for name, rows in self._rows.items()}
-
-
-def _activation_widths(config: LlamaConfig) -> dict[str, int]:
-    c = config
-    return {
-        "x": c.n_embd, "h": c.n_embd, "delta": c.n_embd,
-        "q": c.n_head * c.head_dim, "mixed": c.n_head * c.head_dim,
-        "k": c.n_embd_kv, "v": c.n_embd_kv,
-        "gate": c.n_ff, "up": c.n_ff,
-        **({"router": c.n_expert} if c.n_expert else {}),
-    }  # fmt: skip
-
-
-def reserved_bytes(shard_map: ShardMap, config: LlamaConfig, n_context: int, n_batch: int) -> int:
-    """Device memory of a `LlamaModel` beside the pool: activations, keys, values, vectors, and
-    what choosing a token takes."""
-    n_vocab = next((t.shape[1] for t in shard_map.tensors if t.name == EMBEDDING), 0)
-    floats = n_batch * sum(_activation_widths(config).values()) + n_vocab
-    floats += _scratch_floats(config, n_context)
-    # A vector is dequantised while its predecessor's copy still stands: twice is safe.
-    small = config.n_rot * 4 + vector_bytes(shard_map) + _POSITION_BYTES + choice_bytes(n_vocab)
-    return floats * 4 + kv_cache_bytes(config, n_context) + small
+#: Of the hyperparameters, those that another version of a running model may have otherwise.
+_MAY_CHANGE = ("n_context", "rms_norm_eps", "rope_freq_base", "rope_scale", "n_expert_used")
 
 
 class LlamaModel:
     """A model ready to answer; a context manager that closes its Atlas.
+
+    When the Atlas goes over to another version of the model (`Atlas.adopt`), this follows: vectors
+    are read again, and a sequence that has begun is over, as its keys and values are of the old
+    weights. `forward` refuses to go on with it until `position` is set to 0.
 
     Parameters
     ----------
@@ -156,13 +114,16 @@ class LlamaModel:
         """All that lies beside the pool."""
         target = self.target
         n_vocab = self.atlas.matrix(EMBEDDING).n_rows
-        self._activations = _Activations(target, self.config, n_context, self.n_batch, n_vocab)
+        self._activations = Activations(target, self.config, n_context, self.n_batch, n_vocab)
         self.weights = Weights(self.atlas, self.config, self._activations.scratch)
         frequencies = self.config.rope_frequencies(self.weights.rope_factors())
         self._frequencies = target.put(frequencies)
         self.kv_cache = KVCache(target, self.config, n_context)
-        self._position = 0
+        self._position = self._n_seen = 0
         self._device_position = target.full(1, 0, np.int32)
+        # The versions of the model that vectors are from, and the keys and values.
+        self._followed = self._begun = self.atlas.version
+        self.atlas.followers.append(self)
         self.decode_graph: DecodeGraph | None = None
         if isinstance(self.atlas.shard_cache, DeviceCache) and not self.config.n_expert:
             # A router's choice goes by way of the host.
@@ -180,13 +141,59 @@ class LlamaModel:
 
     @property
     def position(self) -> int:
-        """Positions seen so far; it may be set back, to go on from there."""
-        return self._position
+        """Positions seen so far, by the present version of the model; it may be set back, to go on
+        from there, or to 0, for another sequence."""
+        return self._position if self._begun == self.atlas.version else 0
 
     @position.setter
     def position(self, position: int) -> None:
-        self._position = position
-        self.target.write(self._device_position, np.array([position], np.int32))
+        with self.atlas.in_use():
+            if position == 0:
+                self._position = 0
+            self._require_one_version()
+            if not 0 <= position <= self._n_seen:
+                raise GGUFShardError(f"position {position}: {self._n_seen} have been seen")
+            self._position = position
+            self.target.write(self._device_position, np.array([position], np.int32))
+
+    def check(self, metadata: Mapping[str, Any]) -> None:
+        """Refuse a version of the model that takes other buffers (`atlas.live_update`).
+
+        Raises
+        ------
+        GGUFShardError
+            If its hyperparameters are not those of a model that can be run, or a shape differs.
+        """
+        found = asdict(LlamaConfig.from_metadata(metadata))
+        for name, value in asdict(self.config).items():
+            if found[name] != value and name not in _MAY_CHANGE:
+                raise GGUFShardError(
+                    f"{name}: {found[name]}, not {value}: a running model keeps its shapes"
+                )
+
+    def follow(self, metadata: Mapping[str, Any]) -> None:
+        """Compute anew what lies beside the pool, where it lies; the Atlas has gone over to another
+        version of the model.
+
+        Raises
+        ------
+        CorruptPageError
+            If a page of a vector fails its check twice; the next pass begins with trying again.
+        """
+        self.config = self.weights.config = LlamaConfig.from_metadata(metadata)
+        if self.decode_graph is not None:
+            self.decode_graph.drop()  # its kernels have been given the old `rms_norm_eps`
+        self.weights.read_vectors_again()
+        frequencies = self.config.rope_frequencies(self.weights.rope_factors())
+        self.target.write(self._frequencies, frequencies)
+        self._followed = self.atlas.version
+
+    def _require_one_version(self) -> None:
+        """Let keys and values be of the present version of the model, or refuse to go on."""
+        if self._begun != self.atlas.version:
+            if self._position:
+                raise ModelUpdatedError
+            self._begun, self._n_seen = self.atlas.version, 0
 
     @property
     def n_vocab(self) -> int:
@@ -205,15 +212,30 @@ class LlamaModel:
         Returns
         -------
         device array or None
-            float32 [n_vocab], valid until the next call.
+            float32 [n_vocab], valid until the next call. If another thread may run or update the
+            model, `atlas.in_use()` is to be held until they have been looked at.
 
         Raises
         ------
         CorruptPageError
             If a page failed its check; the model's state is then undefined.
+        ModelUpdatedError
+            If the model has been updated since the sequence began.
         GGUFShardError
             If a token is not in the vocabulary or the context is full.
         """
+        with self.atlas.in_use():
+            self._require_one_version()
+            self._require_room(tokens)
+            if self._followed != self.atlas.version:
+                self.follow(self.atlas.model.source_header().metadata)
+            for begin in range(0, len(tokens), self.n_batch):
+                batch = tokens[begin : begin + self.n_batch]
+                is_last = begin + len(batch) == len(tokens)
+                self._pass(batch, want_logits and is_last)
+        return self._activations.logits.reshape(self.n_vocab) if want_logits else None
+
+    def _require_room(self, tokens: Sequence[int]) -> None:
         if not tokens:
             raise GGUFShardError("no tokens to run: the prompt is empty")
         if self.position + len(tokens) > self.kv_cache.n_context:
@@ -224,11 +246,6 @@ class LlamaModel:
         for token in tokens:
             if not 0 <= token < self.n_vocab:
                 raise GGUFShardError(f"token {token}: not within 0..{self.n_vocab - 1}")
-        for begin in range(0, len(tokens), self.n_batch):
-            batch = tokens[begin : begin + self.n_batch]
-            is_last = begin + len(batch) == len(tokens)
-            self._pass(batch, want_logits and is_last)
-        return self._activations.logits.reshape(self.n_vocab) if want_logits else None
 
     def _pass(self, tokens: Sequence[int], want_logits: bool) -> None:
         b = self._activations.first(len(tokens))
@@ -238,6 +255,7 @@ class LlamaModel:
         else:
             self._launch(len(tokens), want_logits)
         self._position += len(tokens)  # as the device has done by itself
+        self._n_seen = max(self._n_seen, self._position)
         self.n_passes += 1
         self.atlas.scrub(self.scrub_pages)
 

@@ -73,6 +73,7 @@ class Weights:
         }
         self._shapes = shapes | {f"{name}_exps": shapes[name] for name in _DENSE}
         self._shapes[_ROUTER] = (c.n_expert, c.n_embd)
+        self._vectors: dict[str, Any] = {}
         self.embedding = self._matrix(EMBEDDING, (None, c.n_embd))
         self.n_vocab = self.embedding.n_rows
         output = OUTPUT if OUTPUT in atlas.shards.tensors else EMBEDDING
@@ -120,7 +121,19 @@ class Weights:
     def _vector(self, name: str, n: int) -> Any:
         """A vector, dequantised once: too small and too often used to be worth a lookup."""
         self._matrix(name, (1, n))
-        return self.atlas.tensor(name).reshape(n)
+        vector = self._vectors[name] = self.atlas.tensor(name).reshape(n)
+        return vector
+
+    def read_vectors_again(self) -> None:
+        """Dequantise the vectors once more, where they are: the model is another version.
+
+        Raises
+        ------
+        CorruptPageError
+            If a page fails its check twice.
+        """
+        for name, vector in self._vectors.items():
+            self.atlas.tensor(name, out=vector.reshape(1, vector.shape[0]))
 
     def multiply(self, y: Any, w: PagedMatrix, x: Any) -> None:
         """y = x @ w.T with whatever is not resident brought in on the way.
@@ -157,8 +170,8 @@ class Weights:
         name = "rope_freqs.weight"
         if name not in self.atlas.shards.tensors:
             return None
-        factors = self._vector(name, self.config.n_rot // 2)
-        return self.atlas.target.get(factors).astype(np.float64)
+        factors = self._matrix(name, (1, self.config.n_rot // 2))
+        return self.atlas.rows(factors, [0])[0].astype(np.float64)
 
 
 def vector_bytes(shard_map: ShardMap) -> int:

@@ -175,11 +175,16 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.hold(shard, shard, -1)
         self.held[shard] -= 1
 
+    @rule()
+    def let_all_go(self) -> None:
+        self.pool.release_all()
+        self.held.clear()
+
     @precondition(lambda self: any(not self.held.get(s) for s in self.last_used))
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
         loose = [s for s in sorted(self.last_used) if not self.held.get(s)]
-        shards = data.draw(st.lists(st.sampled_from(loose), unique=True, min_size=1))
+        shards = data.draw(st.lists(st.sampled_from(loose), unique=True))
         self.pool.evict(shards)
         for shard in shards:
             del self.last_used[shard]
@@ -192,6 +197,8 @@ class PoolMachine(RuleBasedStateMachine):
         cache.assert_consistent(pool, self.model)
         assert np.flatnonzero(pool.is_resident).tolist() == sorted(self.last_used)
         assert pool.n_free == self.n_free
+        pinned = {s for s, rank in enumerate(self.ranks) if rank == RANK_PINNED}
+        assert pool.absent_pinned() == sorted(pinned - self.last_used.keys())
         frames = self.target.get(pool.table)[sorted(self.last_used)]
         ticks = self.target.get(pool.ticks)[frames].tolist()
         assert ticks == [self.last_used[s] for s in sorted(self.last_used)]
@@ -241,6 +248,30 @@ def test_long_lists_go_to_the_target_in_parts() -> None:
     pool.touch_each(range(10_000))
     assert target.allocated_bytes == settled
     assert target.peak_bytes - settled <= 2 * 4096  # the next part beside the last one
+
+
+def test_many_shards_are_given_up_in_parts() -> None:
+    target, n = CpuTarget(), 3000
+    pool = new_pool(target, n, n, 0)
+    shards = list(range(n))
+    pool.publish(shards, pool.take_free(n), 0, False)
+    settled = target.peak_bytes = target.allocated_bytes
+    pool.evict(shards)
+    assert target.peak_bytes - settled <= 2 * 4096
+    assert pool.n_free == n and not pool.is_resident.any()
+
+
+def test_pages_are_compared_with_the_table_that_came_last(model: ShardedModel) -> None:
+    target, n_pages = CpuTarget(), model.map.n_pages
+    pool = new_pool(target, 1, n_pages, model.map.shard_shift)
+    faults = np.zeros(model.map.pages_per_shard, np.uint32)
+    pool.frame(0)[:] = model.read_checked(0, model.map.pages_per_shard).reshape(-1)
+    target.peak_bytes = target.allocated_bytes
+    for table, n_faults in ((model.page_crc32, 0), (model.page_crc32 ^ 1, len(faults))):
+        pool.expect(table)
+        pool.check([0], [0], faults)
+        assert np.count_nonzero(faults) == n_faults
+    assert target.peak_bytes == target.allocated_bytes  # in the place of the one before
 
 
 def test_free_frames_run_out() -> None:

@@ -21,6 +21,7 @@ from atlas.model_shards import Band
 from atlas.ops.select import DEMAND
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES
+from forge.sharded_model import ShardedModel
 from forge.sizes import Size
 from tests import cache_factory as cache
 from tests.stream_simulator import StreamTarget
@@ -148,6 +149,26 @@ def test_no_result_leaves_once_compute_has_missed_a_page(
                 cache.assert_at_rest(atlas)
         assert compute.wrong == []
         assert n_faults > 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_compute_finds_the_version_it_was_queued_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    small = Size(n_bytes=12 * PAGE_BYTES)
+    atlas, _, draw = opened(tmp_path, monkeypatch, seed, small if seed % 2 else None)
+    (tmp_path / "new").mkdir()
+    new = cache.shard(tmp_path / "new", cache.dense_model(1, seed=100), pages_per_shard=1)
+    versions = [atlas.model.map_path, new]
+    with atlas:
+        compute, order = Compute(atlas), bands(atlas)
+        for i in range(N_STEPS):
+            compute.step(order[i % len(order)])
+            if draw.random() < 0.2:
+                atlas.adopt(ShardedModel(versions[(atlas.version + 1) % 2]))
+        assert atlas.version > 1
+        cache.assert_at_rest(atlas)
+        assert (compute.absent, compute.wrong) == ([], [])
 
 
 def flip(page: np.ndarray) -> Callable[[], None]:

@@ -106,3 +106,21 @@ def test_rows_and_vectors(weights: tuple[Weights, NaiveLlama]) -> None:
     assert factors is not None
     np.testing.assert_array_equal(factors, naive.tensors["rope_freqs.weight"])
     assert of_pages.n_vocab == 96
+
+
+def test_vectors_are_read_again_where_they_are(weights: tuple[Weights, NaiveLlama]) -> None:
+    of_pages, naive = weights
+    target, layer = of_pages.atlas.target, of_pages.layers[0]
+    vectors = {
+        "blk.0.attn_norm.weight": layer["attn_norm"],
+        "blk.0.ffn_norm.weight": layer["ffn_norm"],
+        "blk.0.attn_k.bias": layer["attn_k.bias"],
+        "output_norm.weight": of_pages.output_norm,
+    }
+    for vector in vectors.values():
+        vector[:] = np.nan
+    target.peak_bytes = target.allocated_bytes
+    of_pages.read_vectors_again()
+    for name, vector in vectors.items():
+        np.testing.assert_array_equal(vector, naive.tensors[name])
+    assert target.peak_bytes == target.allocated_bytes

@@ -1,0 +1,66 @@
+"""Device memory of a llama model beside the pool: the buffers of a pass, and the sum of it all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from atlas.infer.config import LlamaConfig
+from atlas.infer.kv_cache import kv_cache_bytes
+from atlas.infer.weights import vector_bytes
+from atlas.model_shards import EMBEDDING
+from atlas.ops.attention import attention_scratch_floats
+from atlas.ops.sample import choice_bytes
+from atlas.target import Target
+from forge.sgmap import ShardMap
+
+_SCRATCH_FLOATS = 1 << 20  # rows dequantised at a time for products with several tokens
+_POSITION_BYTES = 4
+
+
+def _scratch_floats(config: LlamaConfig, n_context: int) -> int:
+    """For dequantised rows, and for attention: never both at a time."""
+    c = config
+    return max(_SCRATCH_FLOATS if c.n_embd >= 512 else 1 << 16, c.n_ff, c.n_embd,
+               c.n_head * c.head_dim,
+               attention_scratch_floats(c.n_head, c.n_head_kv, c.head_dim, n_context),
+               )  # fmt: skip
+
+
+class Activations:
+    """Buffers of a pass of up to `n_batch` tokens, one row a token."""
+
+    def __init__(
+        self, target: Target, config: LlamaConfig, n_context: int, n_batch: int, n_vocab: int
+    ) -> None:
+        widths = _activation_widths(config)
+        self._rows = {name: target.empty((n_batch, n), np.float32) for name, n in widths.items()}
+        self.logits = target.empty((1, n_vocab), np.float32)
+        self.scratch = target.empty(_scratch_floats(config, n_context), np.float32)
+
+    def first(self, n_tokens: int) -> dict[str, Any]:
+        """Every buffer, cut to `n_tokens` rows."""
+        return {name: rows[:n_tokens] for name, rows in self._rows.items()}
+
+
+def _activation_widths(config: LlamaConfig) -> dict[str, int]:
+    c = config
+    return {
+        "x": c.n_embd, "h": c.n_embd, "delta": c.n_embd,
+        "q": c.n_head * c.head_dim, "mixed": c.n_head * c.head_dim,
+        "k": c.n_embd_kv, "v": c.n_embd_kv,
+        "gate": c.n_ff, "up": c.n_ff,
+        **({"router": c.n_expert} if c.n_expert else {}),
+    }  # fmt: skip
+
+
+def reserved_bytes(shard_map: ShardMap, config: LlamaConfig, n_context: int, n_batch: int) -> int:
+    """Device memory of a `LlamaModel` beside the pool: activations, keys, values, vectors, and
+    what choosing a token takes."""
+    n_vocab = next((t.shape[1] for t in shard_map.tensors if t.name == EMBEDDING), 0)
+    floats = n_batch * sum(_activation_widths(config).values()) + n_vocab
+    floats += _scratch_floats(config, n_context)
+    # A vector is dequantised while its predecessor's copy still stands: twice is safe.
+    small = config.n_rot * 4 + vector_bytes(shard_map) + _POSITION_BYTES + choice_bytes(n_vocab)
+    return floats * 4 + kv_cache_bytes(config, n_context) + small
