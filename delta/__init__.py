@@ -1,3 +1,3 @@
-"""Page-level patches between two versions of a model (to come)."""
+"""Page-level patches between two versions of a model."""
 
 from __future__ import annotations

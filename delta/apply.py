@@ -22,7 +22,7 @@ from delta.source_model import SourceModel, open_source
 from forge.core_file import read_fully
 from forge.gguf_file import part_paths
 from forge.journal import finish_journal
-from forge.pending_file import PendingFile
+from forge.pending_file import PendingFile, flushed_early
 from forge.progress import progress_bar
 
 
@@ -117,7 +117,8 @@ def write_target(bound: BoundPatch, paths: Sequence[Path], force: bool, progress
         ]
         total = total_bytes(bound.files)
         advance = stack.enter_context(progress_bar(total, "apply", progress))
-        TargetBuilder(bound, FileSink(files), advance).build()
+        with flushed_early(files):
+            TargetBuilder(bound, FileSink(files), advance).build()
         bound.base.check_unchanged()
         for file in files:
             finish_journal(file.path)  # of an update that the new file makes undone

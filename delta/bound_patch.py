@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from delta.byte_planes import element_kind
-from delta.compare import read_pages
+from delta.compare import read_spans
 from delta.moved_pages import numbered
 from delta.page_coding import RAW, decode, decode_reverse
 from delta.page_grid import PADDING, Run, RunKey, model_runs, n_paired
@@ -135,11 +135,12 @@ class BoundPatch:
         )  # fmt: skip
         base = None
         if group.mode != RAW:
-            base = np.concatenate(
-                [read_pages(self.base, other, first, n)
-                 for (_, other), (_, first, n) in zip(runs, spans, strict=True)
-                 if other is not None]
-            )  # fmt: skip
+            others = [
+                (other, first, n)
+                for (_, other), (_, first, n) in zip(runs, spans, strict=True)
+                if other is not None
+            ]
+            base = read_spans(self.base, others)
         data = self._decode_content(stored, base, lengths)
         pieces = []
         begin = 0

@@ -14,7 +14,7 @@ import numpy as np
 from delta.page_grid import PADDING, TENSOR, Run, RunKey, model_runs, n_paired
 from delta.source_model import ShardedSource, SourceModel
 
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Comparison:
 
 
 def chunks(run: Run, first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Pages `first` to `end` - 1 of a run as (first, count), a few MiB each."""
+    """Pages `first` to `end` - 1 of a run as (first, count), about a MiB each."""
     step = max(_CHUNK_BYTES // run.page_bytes, 1)
     for begin in range(first, end, step):
         yield begin, min(step, end - begin)
@@ -59,6 +59,17 @@ def read_pages(model: SourceModel, run: Run, first: int, count: int) -> np.ndarr
     """Bytes of consecutive pages of a run, uint8."""
     offset, n_bytes = run.span(first, count)
     return model.read(run.part, offset, n_bytes)
+
+
+def read_spans(model: SourceModel, spans: Sequence[tuple[Run, int, int]]) -> np.ndarray:
+    """Bytes of several stretches (run, first page, pages), one after the other, uint8."""
+    places = [(run.part, *run.span(first, count)) for run, first, count in spans]
+    data = np.empty(sum(n_bytes for _, _, n_bytes in places), np.uint8)
+    begin = 0
+    for part, offset, n_bytes in places:
+        model.read_into(part, offset, data[begin : begin + n_bytes])
+        begin += n_bytes
+    return data
 
 
 def different_pages(a: np.ndarray, b: np.ndarray, page_bytes: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from delta.compare import Comparison, RunChange, compare
+from delta.hashed_reads import HashedReads
 from delta.moved_pages import PageSources, find_sources, numbered
 from delta.page_grid import TENSOR, RunKey
 from delta.page_groups import PageEncoder, gather
@@ -31,7 +33,7 @@ from delta.patch_plan import (
     TouchedRun,
     encode_header,
 )
-from delta.source_model import SourceModel, open_source
+from delta.source_model import ShardedSource, SourceModel, open_source
 from forge.errors import GGUFShardError
 from forge.pending_file import PendingFile
 from forge.pipeline import in_order
@@ -119,10 +121,14 @@ def _records(model: SourceModel, sha256: Sequence[str]) -> tuple[FileRecord, ...
 def _compare_and_hash(
     base: SourceModel, target: SourceModel, advance: Callable[[int], None]
 ) -> tuple[Comparison, tuple[FileRecord, ...], tuple[FileRecord, ...]]:
-    with ThreadPoolExecutor(2) as hashers:
-        of_base, of_target = hashers.submit(base.sha256), hashers.submit(target.sha256)
-        comparison = compare(base, target, advance)
-        return comparison, _records(base, of_base.result()), _records(target, of_target.result())
+    with ExitStack() as stack:
+        # A sharded model's map says what its files are; nothing need be hashed.
+        old, new = (
+            model if isinstance(model, ShardedSource) else stack.enter_context(HashedReads(model))
+            for model in (base, target)
+        )
+        comparison = compare(old, new, advance)
+        return comparison, _records(old, old.sha256()), _records(new, new.sha256())
 
 
 def _stored_pages(ways: Sequence[_Way]) -> Iterator[tuple[_Way, int, np.ndarray]]:

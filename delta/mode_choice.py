@@ -27,6 +27,7 @@ MODE_NAMES = ("raw", "xor", "ordered", "sparse")
 #: Every so manieth element is looked at, or byte of a block: the first that does not divide the
 #: block, so that all fields are met. They are odd, lest only even rows or columns be.
 _SAMPLE_STEPS = (7, 11, 13)
+_SMALL_ELEMENTS_STEP = 13  # of up to two bytes, of which a page has enough
 
 #: Up to this share of changed elements SPARSE is the smallest whatever the values are, ...
 _FEW_CHANGES = 1 / 32
@@ -165,6 +166,8 @@ def _sample(kind: ElementKind) -> np.ndarray:
     """Where pages are looked at: int64 rows of plane, first place, and distance to the next."""
     step = next(step for step in _SAMPLE_STEPS if kind.block_bytes % step)
     if kind.has_order:
+        if kind.block_bytes <= 2:
+            step = _SMALL_ELEMENTS_STEP
         firsts = np.arange(kind.block_bytes)
     else:
         firsts = np.arange(0, step * kind.block_bytes, step)

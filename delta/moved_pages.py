@@ -7,17 +7,22 @@ Two sharded models know a hash of each page without reading it: the tables of CR
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 
 from delta.compare import RunChange, chunks, read_pages, slice_pages
 from delta.page_grid import TENSOR, Run
 from delta.source_model import ShardedSource, SourceModel
+from forge.jit import cached_njit
+from forge.pages import PAGE_BYTES
+from forge.pipeline import in_order
 
 _SMALLEST = 64  # bytes: naming a copy takes some, too
 _STEP = 1024  # pages compared at once
+_THREADS = 2
+_FACTORS = np.random.default_rng(0).integers(1, 1 << 32, PAGE_BYTES // 2, np.uint32)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def _keys(model: SourceModel, runs: Sequence[Run], tables: bool) -> np.ndarray:
     if tables and isinstance(model, ShardedSource):
         parts = [_table_keys(model, run, slice_pages(model)) for run in runs]
     else:
-        parts = [_content_keys(model, run) for run in runs]
+        parts = list(_content_keys(model, runs))
     return np.concatenate([np.zeros(0, np.uint64), *parts])
 
 
@@ -108,17 +113,52 @@ def _table_keys(
     return (crcs << np.uint64(16)) | np.uint64(run.page_bytes)
 
 
-def _content_keys(model: SourceModel, run: Run) -> np.ndarray:
-    keys = np.zeros(run.n_pages, np.uint64)
-    if run.kind != TENSOR:
-        return keys
-    for first, count in chunks(run, 0, run.n_pages):
-        data = memoryview(read_pages(model, run, first, count))
-        for i in range(count):
-            page = data[i * run.page_bytes : (i + 1) * run.page_bytes]
-            if len(page) >= _SMALLEST:
-                keys[first + i] = xxhash.xxh3_64_intdigest(page)
+def _content_keys(model: SourceModel, runs: Sequence[Run]) -> Iterator[np.ndarray]:
+    """Hashes of the pages of each run, from their bytes."""
+
+    def hash_chunk(piece: tuple[Run, int, int]) -> np.ndarray:
+        data = read_pages(model, *piece)
+        return hash_pages(data, piece[0].page_bytes)
+
+    pieces = [
+        (run, first, count)
+        for run in runs
+        if run.kind == TENSOR
+        for first, count in chunks(run, 0, run.n_pages)
+    ]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        hashed = in_order(threads, hash_chunk, pieces, 2 * _THREADS)
+        for run in runs:
+            keys = np.zeros(run.n_pages, np.uint64)
+            if run.kind == TENSOR:
+                for first, count in chunks(run, 0, run.n_pages):
+                    keys[first : first + count] = next(hashed)
+            yield keys
+
+
+def hash_pages(data: np.ndarray, page_bytes: int) -> np.ndarray:
+    """A hash of each page of `data`, uint64 [n_pages]; 0 for those too small to be looked for.
+
+    The sum over a page's bytes, two at a time, each times a random number of its own: pages that
+    differ seldom agree, and whoever calls compares them anyway. Pages have an even number of bytes;
+    of a short last page, an odd byte at its end does not count.
+    """
+    n_pages = -(-len(data) // page_bytes)
+    keys = np.zeros(n_pages, np.uint64)
+    _hash_loop(data[: len(data) // 2 * 2].view(np.uint16), page_bytes // 2, _FACTORS, keys)
+    if len(data) - (n_pages - 1) * page_bytes < _SMALLEST:
+        keys[-1] = 0
     return keys
+
+
+@cached_njit()
+def _hash_loop(words: np.ndarray, page_words: int, factors: np.ndarray, keys: np.ndarray) -> None:
+    for page in range(keys.size):
+        here = words[page * page_words : (page + 1) * page_words]
+        key = np.uint64(0)
+        for i in range(here.size):
+            key += np.uint64(here[i]) * np.uint64(factors[i])
+        keys[page] = key | np.uint64(1 << 63)
 
 
 def _look_up(sources: PageSources, keys: np.ndarray, others: np.ndarray) -> None:

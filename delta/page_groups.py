@@ -13,7 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from delta.byte_planes import element_kind
-from delta.compare import RunChange, read_pages
+from delta.compare import RunChange, read_spans
 from delta.mode_choice import choose_modes
 from delta.moved_pages import numbered
 from delta.page_coding import (
@@ -26,6 +26,8 @@ from delta.page_coding import (
 )
 from delta.patch_file import BOTH, PageGroup, render_group
 from delta.source_model import SourceModel
+
+_STRAY_SHARE = 1 / 128
 
 #: What a batch is made of: element type, and whether its pages have counterparts.
 _BatchKey = tuple[GGMLQuantizationType | None, bool]
@@ -121,24 +123,20 @@ class PageEncoder:
     def encode(self, batch: Batch) -> tuple[list[tuple[PageGroup, bytes]], int]:
         """The groups of a batch, and its bytes."""
         kind = element_kind(batch.ggml_type)
-        target = np.concatenate(
-            [read_pages(self.target, change.run, first, n) for change, first, n in batch.spans]
-        )
+        target = read_spans(self.target, [(c.run, first, n) for c, first, n in batch.spans])
         base = None
         modes = np.full(len(batch.pages), RAW, np.uint8)
         if batch.is_paired:
-            base = np.concatenate([self._counterparts(*span) for span in batch.spans])
+            others = [(c.other, first, n) for c, first, n in batch.spans if c.other is not None]
+            base = read_spans(self.base, others)
             modes = choose_modes(kind, target, base, batch.lengths)
             if self.directions == BOTH:
                 modes[modes == RAW] = XOR  # which can be undone
+            _join_strays(modes, batch.lengths)
         groups = []
         for mode in np.unique(modes).tolist():
             groups.append(self._group(batch, modes == mode, mode, target, base))
         return groups, len(target)
-
-    def _counterparts(self, change: RunChange, first: int, count: int) -> np.ndarray:
-        assert change.other is not None
-        return read_pages(self.base, change.other, first, count)
 
     def _group(
         self, batch: Batch, chosen: np.ndarray, mode: int, target: np.ndarray,
@@ -155,6 +153,16 @@ class PageEncoder:
         pages = batch.pages[chosen]
         group = PageGroup(batch.ggml_type, mode, self.directions, pages, len(target), n_edits)
         return group, render_group(group, compress_streams(streams, self.level))
+
+
+def _join_strays(modes: np.ndarray, lengths: np.ndarray) -> None:
+    """Give few pages the mode of most: they lose little, and a group of their own takes time and
+    room. Only in SPARSE could they lose much."""
+    most = int(np.bincount(modes).argmax())
+    for mode in np.unique(modes).tolist():
+        few = lengths[modes == mode].sum() <= _STRAY_SHARE * lengths.sum()
+        if few and most != SPARSE:
+            modes[modes == mode] = most
 
 
 def _select(data: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from forge.pipeline import in_order
 
 _THREADS = 2
 _IN_FLIGHT = 4
-_HASH_CHUNK = 4 << 20
+_HASH_CHUNK = 1 << 20
 
 
 class PageSink(ABC):

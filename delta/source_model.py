@@ -24,7 +24,7 @@ from forge.sharded_model import ShardedModel
 from forge.source_bytes import SourceBytes
 from forge.source_file import SourceFile
 
-_HASH_CHUNK = 4 << 20
+_HASH_CHUNK = 1 << 20
 
 
 class SourceModel(ABC):
@@ -54,6 +54,9 @@ class SourceModel(ABC):
         return sum(self.sizes)
 
     @abstractmethod
+    def read_into(self, part: int, offset: int, buffer: np.ndarray) -> None:
+        """Fill a contiguous uint8 array with bytes of a file; errors as of `read`."""
+
     def read(self, part: int, offset: int, n_bytes: int) -> np.ndarray:
         """Bytes of a file, uint8 [n_bytes].
 
@@ -62,6 +65,9 @@ class SourceModel(ABC):
         GGUFShardError
             If they cannot be read, or a page that holds them is damaged.
         """
+        buffer = np.empty(n_bytes, np.uint8)
+        self.read_into(part, offset, buffer)
+        return buffer
 
     @abstractmethod
     def sha256(self, advance: Callable[[int], None] = lambda n_bytes: None) -> tuple[str, ...]:
@@ -108,8 +114,8 @@ class PlainModel(SourceModel):
         self.names = tuple(os.path.basename(header.name) for header in self.headers)
         self.files = [SourceFile(header) for header in self.headers]
 
-    def read(self, part: int, offset: int, n_bytes: int) -> np.ndarray:
-        return self.files[part].read(offset, n_bytes)
+    def read_into(self, part: int, offset: int, buffer: np.ndarray) -> None:
+        self.files[part].read_into(offset, buffer)
 
     def sha256(self, advance: Callable[[int], None] = lambda n_bytes: None) -> tuple[str, ...]:
         def chunks(part: int) -> str:
@@ -151,8 +157,8 @@ class ShardedSource(SourceModel):
         self.headers = tuple(model.source_header(part) for part in range(len(self.names)))
         self._bytes = SourceBytes(model)
 
-    def read(self, part: int, offset: int, n_bytes: int) -> np.ndarray:
-        return self._bytes.read(part, offset, n_bytes)
+    def read_into(self, part: int, offset: int, buffer: np.ndarray) -> None:
+        buffer[:] = self._bytes.read(part, offset, len(buffer))
 
     def sha256(self, advance: Callable[[int], None] = lambda n_bytes: None) -> tuple[str, ...]:
         advance(self.n_bytes)

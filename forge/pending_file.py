@@ -10,6 +10,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from forge.errors import GGUFShardError
 SUFFIX = ".sgnew"
 #: Of what is to be written into files that are changed in place (`forge.journal`).
 JOURNAL_SUFFIX = ".sgjournal"
+_FLUSH_SECONDS = 0.02
 
 
 def pending_path(path: Path) -> Path:
@@ -191,6 +195,27 @@ class PendingFile:
     def _close(self) -> None:
         self._open = False
         os.close(self._descriptor)
+
+
+@contextmanager
+def flushed_early(files: Sequence[PendingFile]) -> Iterator[None]:
+    """Within this context what is written to the files goes to the disk as it comes, on a thread of
+    its own, so that `commit` has little left to wait for."""
+    stop = threading.Event()
+
+    def flush() -> None:
+        while not stop.wait(_FLUSH_SECONDS):
+            for file in files:
+                with suppress(OSError):  # `commit` will meet it again, and say so
+                    os.fdatasync(file.fileno())
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def commit_together(first: PendingFile, *others: PendingFile) -> None:
