@@ -20,6 +20,7 @@ from delta.page_sink import PageSink, TargetBuilder
 from delta.patch_file import PatchReader
 from delta.source_model import SourceModel, open_source
 from forge.core_file import read_fully
+from forge.errors import GGUFShardError
 from forge.gguf_file import part_paths
 from forge.journal import finish_journal
 from forge.pending_file import PendingFile, flushed_early
@@ -34,6 +35,8 @@ class FileSink(PageSink):
     files
         One for each of the target's, as large as it, all zero.
     """
+
+    is_zero = True
 
     def __init__(self, files: Sequence[PendingFile]) -> None:
         self._files = files
@@ -103,6 +106,8 @@ def apply_patch(
         paths = part_paths(Path(output), len(bound.files))
         for path in paths:
             refuse_to_replace(model, path)
+            if path.exists() and path.samefile(patch):
+                raise GGUFShardError(f"{path}: is the patch itself")
         if not dry_run:
             write_target(bound, paths, force, progress)
     return paths

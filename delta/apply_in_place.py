@@ -15,13 +15,14 @@ import numpy as np
 
 from delta.apply import bind, write_target
 from delta.bound_patch import KEPT, BoundPatch, total_bytes
-from delta.page_grid import Run
+from delta.page_grid import Run, n_paired
 from delta.page_sink import PageSink, TargetBuilder
 from delta.patch_file import PatchReader
 from delta.sharded_update import ShardedUpdate, reshard
 from delta.source_model import PlainModel, ShardedSource, SourceModel, mismatch, open_source
 from forge.errors import GGUFShardError
 from forge.journal import JournalWriter, finish_journal
+from forge.pending_file import journal_path
 from forge.progress import progress_bar
 
 
@@ -85,7 +86,7 @@ def keeps_places(bound: BoundPatch) -> bool:
     return all(
         other is None or (run.part, run.offset) == (other.part, other.offset)
         for run, other, sources in zip(bound.runs, bound.others, bound.sources, strict=True)
-        if (sources == KEPT).any()
+        if n_paired(run, other) and (sources == KEPT).any()
     )
 
 
@@ -118,7 +119,13 @@ def update_in_place(
         then. If a write fails once the change has begun, the next call finishes it.
     """
     path = Path(path)
-    resumed = finish_journal(path, progress=progress)
+    resumed = False
+    if dry_run and journal_path(path).exists():
+        raise GGUFShardError(
+            f"{path}: an update in place was interrupted: it must be finished first"
+        )
+    if not dry_run:
+        resumed = finish_journal(path, progress=progress)
     with PatchReader(patch) as reader, open_source(path) as base:
         if resumed and _is_target(base, reader, reverse):
             return InPlaceResult(path, resumed, False)

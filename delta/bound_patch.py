@@ -21,7 +21,8 @@ from delta.patch_file import BOTH, FORWARD, REVERSE, PageGroup, PatchReader, Sto
 from delta.patch_plan import Direction, FileRecord, PageCopy, TouchedRun, decode_header
 from delta.source_model import SourceModel, require
 from forge.errors import GGUFShardError
-from forge.gguf_file import GGUFHeader, parse_header
+from forge.gguf_file import GGUFHeader, check_parts, parse_header
+from forge.info import printable
 
 #: Where a page of the target comes from: the base's page of the same place, a copy, or else the
 #: group of this number.
@@ -105,10 +106,12 @@ class BoundPatch:
         by_key = {run.key: run for run in self._base_runs}
         self.others = [by_key.get(run.key) for run in self.runs]
         self._place_touched()
-        self.groups = tuple(g for g in patch.groups if g.group.directions & self._direction)
+        self.groups: list[StoredGroup] = []
         self.sources = [np.full(run.n_pages, KEPT, np.int32) for run in self.runs]
-        for number, stored in enumerate(self.groups):
-            self._claim_group(stored.group, number)
+        for stored in patch.groups:
+            if stored.group.directions & self._direction:
+                self._claim_group(stored.group, len(self.groups))
+                self.groups.append(stored)
         self._copy_source: dict[RunKey, np.ndarray] = {}
         for copy in self._way.copies:
             self._claim_copy(copy)
@@ -175,19 +178,19 @@ class BoundPatch:
             target's own.
         """
         codes = self._copy_source[run.key][first : first + count]
-        while len(codes):
-            source, from_target = divmod(int(codes[0]), 2)
-            runs = self._touched_runs if from_target else self._base_runs
-            starts = self._touched_starts if from_target else self._base_starts
-            if source >= starts[-1]:
-                raise self._fail(f"copy: page {source} of {int(starts[-1])}")
-            i = int(np.searchsorted(starts, source, "right")) - 1
-            page = source - int(starts[i])
-            most = min(len(codes), runs[i].n_pages - page)
-            follows = np.flatnonzero(np.diff(codes[:most]) != 2)
-            n = int(follows[0]) + 1 if len(follows) else most
-            yield first, n, runs[i], page, bool(from_target)
-            first, codes = first + n, codes[n:]
+        bounds = [0, *(np.flatnonzero(np.diff(codes) != 2) + 1).tolist(), len(codes)]
+        for begin, end in pairwise(bounds):
+            while begin < end:
+                source, from_target = divmod(int(codes[begin]), 2)
+                runs = self._touched_runs if from_target else self._base_runs
+                starts = self._touched_starts if from_target else self._base_starts
+                if source >= starts[-1]:
+                    raise self._fail(f"copy: page {source} of {int(starts[-1])}")
+                i = int(np.searchsorted(starts, source, "right")) - 1
+                page = source - int(starts[i])
+                n = min(end - begin, runs[i].n_pages - page)
+                yield first + begin, n, runs[i], page, bool(from_target)
+                begin += n
 
     def _fail(self, reason: str) -> GGUFShardError:
         return GGUFShardError(f"{self.patch.path}: {reason}")
@@ -205,21 +208,26 @@ class BoundPatch:
             data = decode_header(edit, origin, self.patch.path)
             if len(data) > file.bytes:
                 raise self._fail(f"header {part}: {len(data)} bytes in a file of {file.bytes}")
-            header = parse_header(data, f"{self.patch.path}: {file.name}", file.bytes)
+            header = parse_header(data, f"{self.patch.path}: {printable(file.name)}", file.bytes)
             if header.header_bytes != len(data):
                 raise self._fail(f"header {part}: {len(data) - header.header_bytes} bytes too many")
             headers.append(header)
             self.header_bytes.append(data)
         self.headers = tuple(headers)
+        try:
+            check_parts(headers)
+        except GGUFShardError as error:
+            raise self._fail(f"not a model: {error}") from None
 
     def _place_touched(self) -> None:
         """Find the runs that the patch names."""
         self._index = {run.key: i for i, run in enumerate(self.runs)}
         places = []
         for touched in self._way.runs:
-            i = self._index.get(touched.key, -1)
-            run, other = self.runs[i], self.others[i]
-            if i < 0 or TouchedRun.of(run, n_paired(run, other)) != touched:
+            i = self._index.get(touched.key)
+            if i is None or touched != TouchedRun.of(
+                self.runs[i], n_paired(self.runs[i], self.others[i])
+            ):
                 raise self._fail(f"run {touched.name!r}[{touched.index}]: the models have no such")
             places.append(i)
         if places != sorted(places):

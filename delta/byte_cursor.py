@@ -87,9 +87,10 @@ class ByteCursor:
         value = self.integer(field)
         return value >> 1 if value & 1 == 0 else -((value + 1) >> 1)
 
-    def count(self, field: str, smallest: int = 1) -> int:
-        """How many items of at least `smallest` bytes each follow."""
-        return self.integer(field, self.remaining // smallest)
+    def count(self, field: str, smallest: int = 1, most: int | None = None) -> int:
+        """How many items of at least `smallest` bytes each follow; at most `most`."""
+        fit = self.remaining // smallest
+        return self.integer(field, fit if most is None else min(fit, most))
 
     def text(self, field: str, longest: int) -> str:
         """A string of at most `longest` bytes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ _COUNTS = ("added", "modified", "deleted", "copied")
 def describe_patch(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Facts about the patch at `path`; GGUFShardError if it is damaged."""
     with PatchReader(path) as patch:
-        groups = [(stored.group, stored.n_bytes) for stored in patch.groups]
+        groups = ((stored.group, stored.whole_bytes) for stored in patch.groups)
         return patch_facts(patch.plan, groups, patch.n_bytes)
 
 
@@ -45,7 +45,7 @@ def patch_facts(
         `pages` and each of `tensors` count pages `added`, `modified`, `deleted` and, of those added
         and modified, `copied`. `bytes` of a tensor is its share, by pages, of its groups.
     """
-    tensors = _count_tensors(plan.forward, [g for g in groups if g[0].directions & FORWARD])
+    tensors = _count_tensors(plan.forward, (g for g in groups if g[0].directions & FORWARD))
     return {
         "kind": "patch",
         "bytes": n_bytes,
@@ -65,35 +65,33 @@ def _files(files: Iterable[FileRecord]) -> list[dict[str, Any]]:
 def _count_tensors(
     way: Direction, groups: Iterable[tuple[PageGroup, int]]
 ) -> dict[str, dict[str, int]]:
+    """Counts by name, of the touched runs in file order, then of what is lost."""
     starts = np.cumsum([0, *(run.n_pages for run in way.runs)])
-    tensors: dict[str, dict[str, int]] = {}
-    names = [run.name if run.kind == TENSOR else f"padding {run.name}" for run in way.runs]
-    paired = np.array([run.n_paired for run in way.runs], np.int64)
-    shares = np.zeros(len(names))
-
-    def count(pages: np.ndarray, is_copy: bool) -> Iterator[tuple[int, int]]:
-        """(run, pages) of what is counted."""
-        of_run = np.searchsorted(starts, pages, "right") - 1
-        is_added = pages - starts[of_run] >= paired[of_run]
-        for i in np.unique(of_run).tolist():
-            n = int((of_run == i).sum())
-            n_added = int(is_added[of_run == i].sum())
-            counts = tensors.setdefault(names[i], dict.fromkeys((*_COUNTS, "bytes"), 0))
-            counts["added"] += n_added
-            counts["modified"] += n - n_added
-            counts["copied"] += n if is_copy else 0
-            yield i, n
-
+    paired = starts[:-1] + np.array([run.n_paired for run in way.runs], np.int64)
+    changed, added, copied = (np.zeros(len(way.runs), np.int64) for _ in range(3))
+    shares = np.zeros(len(way.runs))
     for group, n_bytes in groups:
-        known = group.pages[group.pages < starts[-1]]  # others are refused when it is applied
-        for i, n in count(known, False):
-            shares[i] += n_bytes * n / len(group.pages)
+        pages = group.pages[group.pages < starts[-1]]  # others are refused when it is applied
+        of_run = np.searchsorted(starts, pages, "right") - 1
+        np.add.at(changed, of_run, 1)
+        np.add.at(added, of_run, pages >= paired[of_run])
+        np.add.at(shares, of_run, n_bytes / len(group.pages))
     for copy in way.copies:
-        for _ in count(np.arange(copy.first, copy.first + copy.count), True):
-            pass
-    for name, share in zip(names, shares, strict=True):
-        if name in tensors:
-            tensors[name]["bytes"] += round(share)
+        end = copy.first + copy.count
+        first_run, last_run = np.searchsorted(starts, [copy.first, end - 1], "right") - 1
+        for i in range(first_run, last_run + 1):
+            begin, stop = max(copy.first, starts[i]), min(end, starts[i + 1])
+            changed[i] += stop - begin
+            copied[i] += stop - begin
+            added[i] += max(stop - max(begin, paired[i]), 0)
+    tensors: dict[str, dict[str, int]] = {}
+    for i, run in enumerate(way.runs):
+        name = run.name if run.kind == TENSOR else f"padding {run.name}"
+        counts = tensors.setdefault(name, dict.fromkeys((*_COUNTS, "bytes"), 0))
+        counts["added"] += int(added[i])
+        counts["modified"] += int(changed[i] - added[i])
+        counts["copied"] += int(copied[i])
+        counts["bytes"] += round(shares[i])
     for lost in way.lost:
         counts = tensors.setdefault(lost.name, dict.fromkeys((*_COUNTS, "bytes"), 0))
         counts["deleted"] += lost.n_pages
@@ -102,7 +100,7 @@ def _count_tensors(
 
 def patch_text(facts: dict[str, Any], name: object, all_tensors: bool = True) -> str:
     """The facts for people; with few of the tensors unless all are wanted."""
-    size = sum(file["bytes"] for file in facts["target"])
+    size = max(sum(file["bytes"] for file in facts["target"]), 1)
     share = f"{100 * facts['bytes'] / size:.3f} % of the target"
     kind = "reversible patch" if facts["reversible"] else "patch"
     lines = [f"{name}: {kind}, {format_bytes(facts['bytes'])}, {share}"]

@@ -24,6 +24,7 @@ from delta.page_grid import TENSOR, RunKey
 from delta.page_groups import PageEncoder, gather
 from delta.patch_file import BOTH, FORWARD, REVERSE, PageGroup, PatchWriter
 from delta.patch_plan import (
+    MAX_COPIES,
     Direction,
     FileRecord,
     HeaderEdit,
@@ -86,7 +87,12 @@ def _plan_way(
         if change.run.kind == TENSOR and change.n_paired < change.run.n_pages
     )
     runs = tuple(TouchedRun.of(change.run, change.n_paired) for change in touched)
-    direction = Direction(headers, runs, lost, tuple(_copies(sources)))
+    copies = list(_copies(sources))
+    if len(copies) > MAX_COPIES:  # the rest is stored
+        is_late = sources.pages >= copies[MAX_COPIES].first
+        sources.source[is_late], sources.from_target[is_late] = -1, False
+        del copies[MAX_COPIES:]
+    direction = Direction(headers, runs, lost, tuple(copies))
     return _Way(base, target, touched, sources, direction)
 
 

@@ -78,8 +78,9 @@ def find_sources(
     if len(pages) == 0:
         return sources
     tables = _knows_tables(base, target)
-    keys = _keys(target, runs, tables)[pages]
-    _look_up(sources, keys, _keys(base, base_runs, tables))
+    keys = _keys(target, runs, tables, [change.changed for change in touched])[pages]
+    whole = [np.ones(run.n_pages, np.bool_) for run in base_runs]
+    _look_up(sources, keys, _keys(base, base_runs, tables, whole))
     _verify(sources, False, (target, runs), (base, base_runs))
     _look_back(sources, keys)
     _verify(sources, True, (target, runs), (target, runs))
@@ -93,12 +94,15 @@ def _knows_tables(base: SourceModel, target: SourceModel) -> bool:
     return base.model.map.atlas.memory_layout == target.model.map.atlas.memory_layout
 
 
-def _keys(model: SourceModel, runs: Sequence[Run], tables: bool) -> np.ndarray:
-    """A hash of each page of some runs, uint64 [n_pages]; 0 where there is none."""
+def _keys(
+    model: SourceModel, runs: Sequence[Run], tables: bool, wanted: Sequence[np.ndarray]
+) -> np.ndarray:
+    """A hash of each wanted page of some runs, uint64 [n_pages]; 0 where there is none."""
     if tables and isinstance(model, ShardedSource):
-        parts = [_table_keys(model, run, slice_pages(model)) for run in runs]
+        places = slice_pages(model)
+        parts = [_table_keys(model, run, places) for run in runs]
     else:
-        parts = list(_content_keys(model, runs))
+        parts = _content_keys(model, runs, wanted)
     return np.concatenate([np.zeros(0, np.uint64), *parts])
 
 
@@ -113,27 +117,27 @@ def _table_keys(
     return (crcs << np.uint64(16)) | np.uint64(run.page_bytes)
 
 
-def _content_keys(model: SourceModel, runs: Sequence[Run]) -> Iterator[np.ndarray]:
-    """Hashes of the pages of each run, from their bytes."""
+def _content_keys(
+    model: SourceModel, runs: Sequence[Run], wanted: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Hashes of the wanted pages of each run, from their bytes."""
 
-    def hash_chunk(piece: tuple[Run, int, int]) -> np.ndarray:
-        data = read_pages(model, *piece)
-        return hash_pages(data, piece[0].page_bytes)
+    def hash_chunk(piece: tuple[int, int, int]) -> np.ndarray:
+        i, first, count = piece
+        return hash_pages(read_pages(model, runs[i], first, count), runs[i].page_bytes)
 
-    pieces = [
-        (run, first, count)
-        for run in runs
-        if run.kind == TENSOR
-        for first, count in chunks(run, 0, run.n_pages)
-    ]
+    pieces = []
+    for i, (run, flags) in enumerate(zip(runs, wanted, strict=True)):
+        edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
+        for begin, end in edges.reshape(-1, 2).tolist():
+            if run.kind == TENSOR:
+                pieces += [(i, first, count) for first, count in chunks(run, begin, end)]
+    keys = [np.zeros(run.n_pages, np.uint64) for run in runs]
     with ThreadPoolExecutor(_THREADS) as threads:
         hashed = in_order(threads, hash_chunk, pieces, 2 * _THREADS)
-        for run in runs:
-            keys = np.zeros(run.n_pages, np.uint64)
-            if run.kind == TENSOR:
-                for first, count in chunks(run, 0, run.n_pages):
-                    keys[first : first + count] = next(hashed)
-            yield keys
+        for (i, first, count), found in zip(pieces, hashed, strict=True):
+            keys[i][first : first + count] = found
+    return keys
 
 
 def hash_pages(data: np.ndarray, page_bytes: int) -> np.ndarray:
@@ -199,15 +203,12 @@ def _verify(
             )
         )
         same = np.zeros(count, np.bool_)
-        numbers = np.arange(count)
         if run.page_bytes == other.page_bytes:
-            same = run.page_lengths(page + numbers) == other.page_lengths(source + numbers)
-        if same.all():
             a = read_pages(here[0], run, page, count)
             b = read_pages(there[0], other, source, count)
             for i in range(count):
                 at = slice(i * run.page_bytes, (i + 1) * run.page_bytes)
-                same[i] = a[at].data == b[at].data
+                same[i] = a[at].data == b[at].data  # those of different lengths are not
         sources.source[index : index + count][~same] = -1
         sources.from_target[index : index + count][~same] = False
 

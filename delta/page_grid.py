@@ -19,13 +19,14 @@ from forge.block_layouts import block_layout
 from forge.crc32 import CONTENT_BYTES
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader, TensorInfo
+from forge.info import printable
 from forge.page_plan import is_expert, padding_ranges
 
 TENSOR, PADDING = 0, 1
 #: Padding comes in pieces of so many bytes, as the raw segments of a sharded model do.
 PIECE_BYTES = 4 << 20
-#: Slices and pieces of a model; the largest mixtures of experts have a fifth of that.
-MAX_RUNS = 1 << 18
+#: Slices and pieces of a model; the largest mixtures of experts have a third of that.
+MAX_RUNS = 1 << 17
 
 #: What a run is called: kind, name, number of the slice or piece.
 RunKey = tuple[int, str, int]
@@ -77,7 +78,8 @@ class Run:
         """What messages call it."""
         if self.kind == PADDING:
             return f"padding {self.name}"
-        return self.name if self.index == 0 else f"{self.name}[{self.index}]"
+        name = printable(self.name)
+        return name if self.index == 0 else f"{name}[{self.index}]"
 
     def span(self, first: int, count: int) -> tuple[int, int]:
         """Offset and bytes of pages `first` to `first + count` - 1."""

@@ -23,6 +23,7 @@ from delta.bound_patch import COPIED, KEPT, BoundPatch, edges
 from delta.compare import chunks, read_pages
 from delta.page_grid import Run, n_paired
 from forge.errors import GGUFShardError
+from forge.info import printable
 from forge.pipeline import in_order
 
 _THREADS = 2
@@ -33,8 +34,10 @@ _HASH_CHUNK = 1 << 20
 class PageSink(ABC):
     """Where the bytes of a target go. `put` and `read` are called by several threads."""
 
-    #: Whether the base's pages are there already, and stay where they are; if not, zeros are.
+    #: Whether the base's pages are there already, and stay where they are.
     has_base = False
+    #: Whether what is not put is zero.
+    is_zero = False
 
     @abstractmethod
     def put_header(self, part: int, data: bytes) -> None:
@@ -139,7 +142,7 @@ class TargetBuilder:
                     self.sink.put(run, step.first + begin, data[place])
         for begin, end in spans:
             begin = max(begin, paired)
-            if begin < end and self.sink.has_base:
+            if begin < end and not self.sink.is_zero:
                 n_bytes = run.span(step.first + begin, end - begin)[1]
                 self.sink.put(run, step.first + begin, np.zeros(n_bytes, np.uint8))
 
@@ -158,6 +161,7 @@ class _Digests:
 
     def __init__(self, builder: TargetBuilder, hasher: ThreadPoolExecutor) -> None:
         self._files = builder.bound.files
+        self._patch = builder.bound.patch.path
         self._read = builder.sink.read
         self._advance = builder.advance
         self._hasher = hasher
@@ -182,8 +186,8 @@ class _Digests:
         for file, digest in zip(self._files, self._digests, strict=True):
             if digest.hexdigest() != file.sha256:
                 raise GGUFShardError(
-                    f"{file.name}: would have SHA-256 {digest.hexdigest()}, not {file.sha256}: "
-                    "the patch does not make its target"
+                    f"{self._patch}: {printable(file.name)} would have SHA-256 "
+                    f"{digest.hexdigest()}, not {file.sha256}: the patch does not make its target"
                 )
 
     def _hash(self, part: int, begin: int, end: int) -> None:

@@ -25,7 +25,8 @@ from delta.page_coding import (
     decompress,
     stream_sizes,
 )
-from delta.patch_plan import PatchPlan, parse_plan, render_plan
+from delta.page_grid import MAX_RUNS
+from delta.patch_plan import MAX_PAGES, PatchPlan, parse_plan, render_plan
 from forge.core_file import read_fully
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES
@@ -44,6 +45,7 @@ _HASH_CHUNK = 4 << 20
 _MAX_GROUP_CONTENT = GROUP_BYTES + PAGE_BYTES
 _MAX_GROUP_BYTES = 4 * _MAX_GROUP_CONTENT  # sparse ones, at worst, take three bytes for one
 _SMALL_LEVEL = 19
+_LEAST_PAGE_BYTES = 2048  # but for the last one of a run
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ class StoredGroup:
     group: PageGroup
     offset: int
     n_bytes: int
+
+    @property
+    def whole_bytes(self) -> int:
+        """With what stands before the body."""
+        return _GROUP.size + self.n_bytes
 
 
 def render_group(group: PageGroup, streams: Sequence[bytes | memoryview]) -> bytes:
@@ -159,8 +166,6 @@ class PatchReader:
     ----------
     plan
         What it says of the models.
-    groups
-        Where its pages are stored, in the order of the file.
     n_bytes
         Its size.
 
@@ -182,7 +187,7 @@ class PatchReader:
             self._check_digest()
             data = self._read(_HEAD.size, plan_bytes)
             self.plan = parse_plan(data, self.path, _HEAD.size, bool(flags & _REVERSIBLE))
-            self.groups = tuple(self._walk(_HEAD.size + plan_bytes))
+            self._groups_begin = _HEAD.size + plan_bytes
         except BaseException:
             self._file.close()
             raise
@@ -201,6 +206,19 @@ class PatchReader:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    @property
+    def groups(self) -> Iterator[StoredGroup]:
+        """Where its pages are stored, in the order of the file.
+
+        None is kept: a small patch can name more pages than fit in memory.
+
+        Raises
+        ------
+        GGUFShardError
+            If a group makes no sense, or what should be one is none.
+        """
+        return self._walk(self._groups_begin)
 
     def streams(self, stored: StoredGroup) -> list[np.ndarray]:
         """The streams of a group, decompressed, uint8 each; may be called by several threads.
@@ -290,7 +308,7 @@ class PatchReader:
             raise read.fail("element type", f"ggml type {type_id} is not known")
         n_pages = read.integer("pages", _MAX_GROUP_CONTENT)
         n_bytes = read.integer("content bytes", _MAX_GROUP_CONTENT)
-        if not 1 <= n_pages <= n_bytes:
+        if not 1 <= n_pages <= min(n_bytes, n_bytes // _LEAST_PAGE_BYTES + MAX_RUNS):
             raise read.fail("pages", f"{n_pages} of {n_bytes} bytes together")
         n_edits = read.integer("edits", n_bytes if mode == SPARSE else 0)
         width = read.integer("width of page numbers", 8)
@@ -299,11 +317,16 @@ class PatchReader:
         packed = read.take(read.integer("page numbers", read.remaining), "page numbers")
         gaps = self._decompress(read, packed, n_pages * width, "page numbers")
         steps = gaps.view(f"<u{width}").astype(np.uint64)
-        if int(steps.max()) >= 1 << 48:
+        if int(steps.max()) >= MAX_PAGES:
             raise read.fail("page numbers", "a page is too far away")
         pages = np.cumsum(steps.astype(np.int64) + 1) - 1
         ggml_type = None if type_id < 0 else GGMLQuantizationType(type_id)
-        return PageGroup(ggml_type, mode, directions, pages, n_bytes, n_edits)
+        group = PageGroup(ggml_type, mode, directions, pages, n_bytes, n_edits)
+        try:
+            group.stream_sizes()
+        except GGUFShardError as error:
+            raise read.fail("mode", str(error)) from None
+        return group
 
     def _decompress(self, read: ByteCursor, packed: bytes, size: int, field: str) -> np.ndarray:
         try:

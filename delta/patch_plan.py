@@ -14,15 +14,20 @@ from gguf import GGMLQuantizationType
 
 from delta.byte_cursor import ByteCursor, integer, signed, text
 from delta.page_coding import compress_streams, decompress
-from delta.page_grid import PADDING, TENSOR, Run
+from delta.page_grid import MAX_RUNS, PADDING, TENSOR, Run
 from forge.errors import GGUFShardError
 from forge.gguf_file import MAX_NAME_BYTES
 
 MAX_HEADER_BYTES = 256 << 20
 MAX_PARTS = 99999
-_MAX_TABLE_BYTES = 1 << 28
-_MAX_PAGES = 1 << 40
-_FILE_NAME = re.compile(r"[^/\\\x00]{1,255}", re.DOTALL)
+#: Copies in a direction; what more there are is stored, and compresses as well.
+MAX_COPIES = 1 << 18
+MAX_PAGES = 1 << 40
+_MAX_TABLE_BYTES = 1 << 25
+#: A header may be so many times what it is made of, and 1 MiB: more is no model's.
+_MAX_HEADER_GROWTH = 64
+_MAX_FILE_NAME_BYTES = 255
+_FILE_NAME = re.compile(r"[^/\\\x00]+", re.DOTALL)
 _LEVEL = 19  # of what is small
 _LARGE_HEADER, _LARGE_HEADER_LEVEL = 1 << 20, 9
 
@@ -167,15 +172,30 @@ def encode_header(new: bytes, base: bytes) -> HeaderEdit:
     compressor = zstandard.ZstdCompressor(
         dict_data=_dictionary(base), compression_params=parameters
     )
-    return HeaderEdit(len(new), compressor.compress(new))
+    edit = HeaderEdit(len(new), compressor.compress(new))
+    if len(new) > _most_header_bytes(edit, base):
+        raise GGUFShardError(f"header of {len(new)} bytes: repeats itself beyond measure")
+    return edit
+
+
+def _most_header_bytes(edit: HeaderEdit, base: bytes) -> int:
+    return (1 << 20) + _MAX_HEADER_GROWTH * (len(base) + len(edit.data))
 
 
 def decode_header(edit: HeaderEdit, base: bytes, name: object) -> bytes:
     """The header, given the base's; GGUFShardError if the edit makes none."""
     if edit.n_bytes == 0:
         return base
+    if edit.n_bytes > _most_header_bytes(edit, base):
+        raise GGUFShardError(
+            f"{name}: header: {edit.n_bytes} bytes of {len(edit.data)} and {len(base)} of the base"
+        )
     limit = 1 << _window_log(edit.n_bytes + len(base))
     try:
+        # A size that the frame claims would be allocated whatever the limit.
+        claimed = zstandard.frame_content_size(edit.data)
+        if claimed not in (-1, edit.n_bytes):
+            raise GGUFShardError(f"{name}: header: claims {claimed} bytes, not {edit.n_bytes}")
         decompressor = zstandard.ZstdDecompressor(
             dict_data=_dictionary(base), max_window_size=limit
         )
@@ -261,7 +281,7 @@ def _parse_files(read: ByteCursor, role: str) -> tuple[FileRecord, ...]:
     files = []
     for i in range(count):
         field = f"{role} file {i}"
-        name = read.text(f"{field} name", 255 * 4)
+        name = read.text(f"{field} name", _MAX_FILE_NAME_BYTES)
         if not _FILE_NAME.fullmatch(name) or name in (".", ".."):
             raise read.fail(f"{field} name", f"{name!r} is no bare file name")
         n_bytes = read.integer(f"{field} bytes")
@@ -293,27 +313,28 @@ def _parse_tables(
 ) -> tuple[tuple[TouchedRun, ...], tuple[LostRun, ...], tuple[PageCopy, ...]]:
     if not read.remaining:
         return (), (), ()
-    runs = [_parse_run(read) for _ in range(read.count("runs", 6))]
+    runs = [_parse_run(read) for _ in range(read.count("runs", 6, MAX_RUNS))]
     if len({run.key for run in runs}) != len(runs):
         raise read.fail("runs", "one is named twice")
     lost = [
         LostRun(
             read.text("lost name", MAX_NAME_BYTES),
             read.integer("lost index"),
-            read.integer("lost pages", _MAX_PAGES),
+            read.integer("lost pages", MAX_PAGES),
         )
-        for _ in range(read.count("lost runs", 3))
+        for _ in range(read.count("lost runs", 3, MAX_RUNS))
     ]
     copies = []
     n_pages = sum(run.n_pages for run in runs)
     end = source = 0
-    for _ in range(read.count("copies", 4)):
+    for _ in range(read.count("copies", 4, MAX_COPIES)):
         first = end + read.integer("copy")
         count = read.integer("copy length", n_pages)
         from_target = bool(read.integer("copy kind", 1))
         source += read.signed("copy source")
         end = first + count
-        if count == 0 or end > n_pages or source < 0 or (from_target and source + count > first):
+        most = first - count if from_target else MAX_PAGES
+        if count == 0 or end > n_pages or not 0 <= source <= most:
             raise read.fail("copy", f"pages {first}..{end - 1} from {source} on: out of place")
         copies.append(PageCopy(first, count, from_target, source))
         source += count
@@ -328,6 +349,6 @@ def _parse_run(read: ByteCursor) -> TouchedRun:
     type_id = read.integer("run type") - 1
     if type_id >= 0 and type_id not in {int(t) for t in GGMLQuantizationType}:
         raise read.fail("run type", f"ggml type {type_id} is not known")
-    n_pages = read.integer("run pages", _MAX_PAGES)
+    n_pages = read.integer("run pages", MAX_PAGES)
     n_paired = n_pages - read.integer("unpaired pages", n_pages)
     return TouchedRun(kind, name, index, None if type_id < 0 else type_id, n_pages, n_paired)

@@ -134,8 +134,7 @@ def _one_tensor(name: str, shape: tuple[int, ...]) -> bytes:
 
 def _strings(n_bytes: int) -> bytes:
     """A frame of a header of that many bytes, of empty strings."""
-    start = factory.header([factory.array("x", factory.STRING, [], 0)], [])
-    count = (n_bytes - len(start)) // 8
+    count = (n_bytes - len(factory.header([factory.array("x", factory.STRING, [], 0)], []))) // 8
     start = factory.header([factory.array("x", factory.STRING, [], count)], [])
     return hostile.bomb(n_bytes, first=start)
 
@@ -296,6 +295,8 @@ COPIES: dict[str, Case] = {
     "from a page that is kept": Case(_copies(copy(D + 1, 1, 1, C + 1)), "not stored"),
     "of another length": Case(_second(BASE_A + 3, from_target=False), "size"),
     "of another page length": Case(_second(hostile.BASE_B, from_target=False), "size"),
+    "one of two of another length": Case(
+        _copies(copy(C + 1, 2, 0, BASE_A + 1), copy(D - C - 2, 1, 1, D - BASE_A - 3)), "size"),
     "from a run of another type": Case(_second(B), "size"),
     "over a group": Case(
         _copies(copy(C, 2, 0, BASE_A), copy(D - C - 1, 1, 1, D - BASE_A - 2)), "twice"),

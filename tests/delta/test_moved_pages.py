@@ -19,7 +19,7 @@ from delta import moved_pages
 from delta.apply import apply_patch
 from delta.compare import compare
 from delta.diff import create_patch
-from delta.moved_pages import PageSources, find_sources
+from delta.moved_pages import PageSources, find_sources, hash_pages
 from delta.page_grid import PADDING, Run, model_runs
 from delta.source_model import ShardedSource, SourceModel, open_source
 from forge.shard import ShardOptions, shard_model
@@ -141,12 +141,6 @@ def test_pages_are_found_wherever_they_are(tmp_path: Path, options: ShardOptions
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", ANY, ids=["plain", "sharded", "rows"])
-def test_nothing_changed(tmp_path: Path, options: ShardOptions | None) -> None:
-    search = found(tmp_path, BASE, BASE, options)
-    assert search.places == {} and len(search.sources.stored) == 0
-
-
 def test_the_first_of_equal_pages_counts(tmp_path: Path) -> None:
     base = [f16("a", page(1), page(2), page(1), page(1))]
     target = [f16("a", page(2), *[page(1)] * 2, page(9)), f16("b", page(9))]
@@ -180,11 +174,10 @@ def test_the_same_bytes_in_pages_of_other_types(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n_bytes", [2, 62, 64, 66])
 def test_what_is_smaller_than_its_name(tmp_path: Path, n_bytes: int) -> None:
-    small = page(1, n_bytes)
-    base = [f16("a", small)]
-    target = [f16("a", small), f16("b", small)]
+    a, b = f16("a", page(1, n_bytes)), f16("b", page(1, n_bytes))
+    sides = (factory.gguf(side, PAIRS, alignment=2) for side in ([a], [a, b]))
     expected = ("base", "a", 0) if n_bytes >= 64 else None
-    assert found(tmp_path, base, target).places == {("b", 0): expected}
+    assert found(tmp_path, *sides).places == {("b", 0): expected}
 
 
 @pytest.mark.parametrize("options", [None, ShardOptions(pages_per_shard=2)])
@@ -217,18 +210,27 @@ def test_padding_is_not_moved(tmp_path: Path) -> None:
 def test_a_hash_that_collides_makes_no_wrong_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, n_hashes: int
 ) -> None:
-    def few(data: memoryview) -> int:
-        return 1 + sum(data[:8]) % n_hashes
+    def few(data: np.ndarray, page_bytes: int) -> np.ndarray:
+        keys = hash_pages(data, page_bytes)
+        return np.where(keys == 0, keys, 1 + keys % np.uint64(n_hashes))
 
-    monkeypatch.setattr(moved_pages.xxhash, "xxh3_64_intdigest", few)
+    monkeypatch.setattr(moved_pages, "hash_pages", few)
     moved = [f16("c", page(3), page(8), page(1), page(8), page(2))]
     pair = CASES[case] if case in CASES else (BASE, BASE + moved)
     found(tmp_path, *pair)
 
 
-def test_a_hash_of_zero_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moved_pages.xxhash, "xxh3_64_intdigest", lambda data: 0)
-    assert found(tmp_path, BASE, [*BASE, f16("c", page(1))]).places == {("c", 0): None}
+def test_a_hash_is_of_its_page_alone() -> None:
+    data = np.frombuffer(page(1) + page(2) + page(1) + page(3, 80), np.uint8)
+    keys = hash_pages(data, PAGE).tolist()
+    assert keys == [hash_pages(data[i * PAGE : (i + 1) * PAGE], PAGE)[0] for i in range(4)]
+    assert keys[0] == keys[2] and len(set(keys)) == 3 and 0 not in keys
+    assert hash_pages(data[: PAGE + 63], PAGE)[1] == 0 != hash_pages(data[: PAGE + 64], PAGE)[1]
+
+
+def test_the_last_byte_of_an_odd_page_counts(tmp_path: Path) -> None:
+    a, b = (Tensor(name, int(T.I8), (101,), page(1, 100) + name.encode()) for name in "ab")
+    assert found(tmp_path, [a], [a, b]).places == {("b", 0): None}
 
 
 def _same_crc(data: bytes, place: int) -> bytes:
@@ -242,7 +244,6 @@ def _same_crc(data: bytes, place: int) -> bytes:
 
 
 def test_pages_of_one_crc_are_told_apart(tmp_path: Path) -> None:
-    """In sharded models, whose tables of CRCs are what is looked at first."""
     twin = _same_crc(page(1), 77)
     target = [*BASE, f16("c", twin, page(1), page(3), twin)]
     for options in ANY:
@@ -281,19 +282,6 @@ def test_a_crc_that_stays_hides_no_change(tmp_path: Path) -> None:
 # ---- what is read ----
 
 
-def _count_bytes(model: SourceModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of each read of a model from now on."""
-    reads: list[int] = []
-    read = model.read
-
-    def counting(*place: int) -> np.ndarray:
-        reads.append(place[-1])
-        return read(*place)
-
-    monkeypatch.setattr(model, "read", counting)
-    return reads
-
-
 def _search_and_count(
     folder: Path, monkeypatch: pytest.MonkeyPatch, target: Sequence[Tensor],
     options: ShardOptions | None,
@@ -302,7 +290,18 @@ def _search_and_count(
     reads: list[list[int]] = []
 
     def count(*models: SourceModel) -> None:
-        reads.extend(_count_bytes(model, monkeypatch) for model in models)
+        for model in models:
+
+            def counting(
+                *place: int, n_bytes: list[int], read: Callable[..., np.ndarray]
+            ) -> np.ndarray:
+                n_bytes.append(place[-1])
+                return read(*place)
+
+            reads.append([])
+            monkeypatch.setattr(
+                model, "read", partial(counting, n_bytes=reads[-1], read=model.read)
+            )
 
     search = found(folder, BASE, target, options, before=count)
     # What `check` reads comes after, page by page.
@@ -323,7 +322,8 @@ def test_each_byte_is_read_once_to_find_and_once_to_compare(
 def test_nothing_is_read_where_nothing_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _search_and_count(tmp_path, monkeypatch, BASE, None)[1] == [0, 0]
+    search, counts = _search_and_count(tmp_path, monkeypatch, BASE, None)
+    assert search.places == {} and counts == [0, 0]
 
 
 def test_tables_spare_sharded_models_the_reading(

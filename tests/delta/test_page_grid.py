@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as T
 from delta.apply import apply_patch
 from delta.apply_in_place import update_in_place
 from delta.diff import create_patch
-from delta.page_grid import PADDING, PIECE_BYTES, TENSOR, Run, model_runs, n_paired
+from delta.page_grid import PADDING, TENSOR, Run, model_runs, n_paired
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader, parse_header, read_model
 from forge.pages import unpack_blocks
@@ -105,14 +105,12 @@ def test_slices_and_pieces() -> None:
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_padding_comes_in_pieces(more: int) -> None:
-    header = factory.header(PAIRS, [])
-    size = len(header) + 2 * PIECE_BYTES + more
+    header, piece = factory.header(PAIRS, []), 4 << 20
+    size = len(header) + 2 * piece + more
     runs = model_runs([parse_header(header, "model.gguf", size)])
     assert [run.index for run in runs] == list(range(2 + (more > 0)))
     assert {(run.kind, run.name, run.ggml_type) for run in runs} == {(PADDING, "0.0", None)}
-    assert [run.bytes for run in runs] == [PIECE_BYTES, PIECE_BYTES + min(more, 0), more][
-        : len(runs)
-    ]
+    assert [run.bytes for run in runs] == [piece, piece + min(more, 0), more][: len(runs)]
     assert runs[1].offset == runs[0].end and runs[-1].end == size
 
 
