@@ -17,7 +17,6 @@ from delta.page_grid import TENSOR, Run
 from delta.source_model import ShardedSource, SourceModel
 from forge.jit import cached_njit
 from forge.pages import PAGE_BYTES
-from forge.pipeline import in_order
 
 _SMALLEST = 64  # bytes: naming a copy takes some, too
 _STEP = 1024  # pages compared at once
@@ -122,21 +121,25 @@ def _content_keys(
 ) -> list[np.ndarray]:
     """Hashes of the wanted pages of each run, from their bytes."""
 
-    def hash_chunk(piece: tuple[int, int, int]) -> np.ndarray:
-        i, first, count = piece
-        return hash_pages(read_pages(model, runs[i], first, count), runs[i].page_bytes)
-
-    pieces = []
-    for i, (run, flags) in enumerate(zip(runs, wanted, strict=True)):
-        edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
-        for begin, end in edges.reshape(-1, 2).tolist():
-            if run.kind == TENSOR:
-                pieces += [(i, first, count) for first, count in chunks(run, begin, end)]
     keys = [np.zeros(run.n_pages, np.uint64) for run in runs]
+
+    def hash_chunk(piece: tuple[int, int, int]) -> None:
+        i, first, count = piece
+        flags = wanted[i][first : first + count]
+        edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0)) + first
+        for begin, end in edges.reshape(-1, 2).tolist():
+            data = read_pages(model, runs[i], begin, end - begin)
+            keys[i][begin:end] = hash_pages(data, runs[i].page_bytes)
+
+    pieces = [
+        (i, first, count)
+        for i, run in enumerate(runs)
+        if run.kind == TENSOR
+        for first, count in chunks(run, 0, run.n_pages)
+    ]
     with ThreadPoolExecutor(_THREADS) as threads:
-        hashed = in_order(threads, hash_chunk, pieces, 2 * _THREADS)
-        for (i, first, count), found in zip(pieces, hashed, strict=True):
-            keys[i][first : first + count] = found
+        for done in [threads.submit(hash_chunk, piece) for piece in pieces]:
+            done.result()
     return keys
 
 

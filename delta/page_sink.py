@@ -27,7 +27,7 @@ from forge.info import printable
 from forge.pipeline import in_order
 
 _THREADS = 2
-_IN_FLIGHT = 4
+_IN_FLIGHT = 16  # steps, which keep no data; several may have little to do
 _HASH_CHUNK = 1 << 20
 
 

@@ -41,7 +41,7 @@ _HEAD = struct.Struct("<8sHHII")  # magic, version, flags, page size, bytes of t
 _GROUP = struct.Struct("<IQ")  # bytes of the body, its xxh3-64
 _END = bytes(4)
 _DIGEST_BYTES = 32
-_HASH_CHUNK = 4 << 20
+_HASH_CHUNK = 1 << 20
 _MAX_GROUP_CONTENT = GROUP_BYTES + PAGE_BYTES
 _MAX_GROUP_BYTES = 4 * _MAX_GROUP_CONTENT  # sparse ones, at worst, take three bytes for one
 _SMALL_LEVEL = 19
@@ -267,8 +267,11 @@ class PatchReader:
     def _check_digest(self) -> None:
         digest = hashlib.sha256()
         end = self.n_bytes - _DIGEST_BYTES
+        buffer = memoryview(bytearray(min(_HASH_CHUNK, end)))
         for offset in range(0, end, _HASH_CHUNK):
-            digest.update(self._read(offset, min(_HASH_CHUNK, end - offset)))
+            piece = buffer[: min(_HASH_CHUNK, end - offset)]
+            read_fully(self._file.fileno(), piece, offset, self.path)
+            digest.update(piece)
         if digest.digest() != self._read(end, _DIGEST_BYTES):
             raise self._fail(end, "SHA-256", "the patch is damaged or cut short")
 
