@@ -78,7 +78,7 @@ def answer_of(map_path: Path, target: Target) -> tuple[tuple[int, ...], bytes]:
 def bad_page(patch: Path, to: Path) -> Path:
     """The patch with one byte of a page changed, and all digests of the patch right."""
     with PatchReader(patch) as reader:
-        group = reader.groups[-1]
+        *_, group = reader.groups
     data = bytearray(patch.read_bytes())
     end = group.offset + group.n_bytes
     data[end - 20] ^= 0x10
