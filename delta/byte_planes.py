@@ -129,14 +129,15 @@ def _split_words_loop(words: np.ndarray, planes: np.ndarray) -> None:
     for byte in range(planes.shape[0]):
         shift = np.uint64(8 * byte)
         for i in range(words.size):
-            planes[byte, i] = np.uint8(np.uint64(words[i]) >> shift)
+            planes[byte, i] = np.uint8((np.uint64(words[i]) >> shift) & np.uint64(0xFF))
 
 
 @cached_njit()
 def _join_word_plane_loop(plane: np.ndarray, words: np.ndarray, byte: int) -> None:
-    shift = np.int64(8 * byte)
+    word = words.dtype.type  # unsigned, so that the same comes out with the compiler off
+    shift = word(8 * byte)
     for i in range(words.size):
-        words[i] |= np.int64(plane[i]) << shift
+        words[i] |= word(word(plane[i]) << shift)
 
 
 @cached_njit()
@@ -192,7 +193,7 @@ def join_planes(kind: ElementKind, planes: Sequence[np.ndarray], n_bytes: int) -
     if kind.has_order:
         content = np.zeros(n_bytes, np.uint8)
         for byte, plane in enumerate(planes):
-            _join_word_plane_loop(plane, kind.words(content), byte)
+            _join_word_plane_loop(plane, content.view(f"u{kind.block_bytes}"), byte)
     else:
         content = np.empty(n_bytes, np.uint8)
         for plane, (offset, size) in zip(planes, kind.planes, strict=True):

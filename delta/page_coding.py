@@ -207,10 +207,10 @@ def _make_edits_loop(content: np.ndarray, lengths: np.ndarray, counts: np.ndarra
     """Make the edits; the page of the first that cannot be, or -1. Counts are as many as gaps."""
     edit, end = 0, 0
     for page in range(lengths.size):
-        place = end - 1
+        place = np.int64(end - 1)
         end += lengths[page]
         for _ in range(counts[page]):
-            place += gaps[edit] + 1
+            place += np.int64(gaps[edit]) + 1
             if place >= end or values[edit] == 0:
                 return page
             content[place] ^= values[edit]
