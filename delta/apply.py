@@ -113,13 +113,31 @@ def apply_patch(
     return paths
 
 
-def write_target(bound: BoundPatch, paths: Sequence[Path], force: bool, progress: bool) -> None:
-    """Build a target in new files, which take their places once all of them are right."""
+def write_target(
+    bound: BoundPatch, paths: Sequence[Path], force: bool, progress: bool, in_place: bool = False
+) -> None:
+    """Build a target in new files, which take their places once all of them are right.
+
+    Parameters
+    ----------
+    bound
+        The patch and its base.
+    paths
+        The files to be.
+    force
+        Replace existing files.
+    progress
+        Show a progress bar on stderr.
+    in_place
+        They replace the base: GGUFShardError if that has been replaced in the meantime.
+    """
     with ExitStack() as stack:
         files = [
             stack.enter_context(PendingFile(path, record.bytes, force))
             for path, record in zip(paths, bound.files, strict=True)
         ]
+        if in_place:
+            bound.base.check_in_place()  # now that nobody else may replace it
         total = total_bytes(bound.files)
         advance = stack.enter_context(progress_bar(total, "apply", progress))
         with flushed_early(files):

@@ -159,7 +159,7 @@ def _update_plain(bound: BoundPatch, base: SourceModel, progress: bool) -> None:
     in_place = keeps_places(bound)
     paths = base.files_on_disk()
     if not in_place and len(paths) == len(bound.files) == 1:
-        write_target(bound, paths, True, progress)
+        write_target(bound, paths, True, progress, in_place=True)
         return
     if len(paths) != len(bound.files):
         raise GGUFShardError(

@@ -284,6 +284,7 @@ def reshard(bound: BoundPatch, old: ShardedModel, progress: bool = False) -> Non
         first = scratch / Path(bound.files[0].name)
         paths = part_paths(first, len(bound.files))
         write_target(bound, paths, False, progress)
+        bound.base.check_in_place()
         settings = old.map.atlas
         options = ShardOptions(
             settings.memory_layout, settings.cache_policy, settings.prefetch_distance,
