@@ -16,7 +16,7 @@ from delta.byte_planes import element_kind
 from delta.compare import read_spans
 from delta.moved_pages import numbered
 from delta.page_coding import RAW, decode, decode_reverse
-from delta.page_grid import PADDING, Run, RunKey, model_runs, n_paired
+from delta.page_grid import PADDING, Run, RunKey, model_runs, n_paired, stretches
 from delta.patch_file import BOTH, FORWARD, REVERSE, PageGroup, PatchReader, StoredGroup
 from delta.patch_plan import Direction, FileRecord, PageCopy, TouchedRun, decode_header
 from delta.source_model import SourceModel, require
@@ -38,11 +38,6 @@ class Piece:
     run: Run
     first_page: int
     data: np.ndarray
-
-    @property
-    def offset(self) -> int:
-        """Where they go in their file."""
-        return self.run.span(self.first_page, 1)[0]
 
 
 class BoundPatch:
@@ -307,9 +302,7 @@ class BoundPatch:
 
     def _require_sources(self, run: Run, sources: np.ndarray) -> None:
         """Copies are of pages of the same size, and of none that are copies themselves."""
-        for begin, end in edges(sources):
-            if sources[begin] != COPIED:
-                continue
+        for begin, end in stretches(sources == COPIED):
             for first, count, source, page, from_target in self.copied(run, begin, end - begin):
                 numbers = np.arange(count)
                 if (run.page_lengths(first + numbers) != source.page_lengths(page + numbers)).any():
@@ -333,12 +326,6 @@ class BoundPatch:
         for begin, end in pairwise(bounds):
             index, first = self._locate(int(pages[begin]))
             yield index, first, end - begin
-
-
-def edges(values: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Begin and end of each stretch of equal values."""
-    bounds = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-    yield from pairwise(bounds)
 
 
 def total_bytes(files: Sequence[FileRecord]) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from delta.compare import RunChange, chunks, read_pages, slice_pages
-from delta.page_grid import TENSOR, Run
+from delta.page_grid import TENSOR, Run, stretches
 from delta.source_model import ShardedSource, SourceModel
 from forge.jit import cached_njit
 from forge.pages import PAGE_BYTES
@@ -120,16 +120,13 @@ def _content_keys(
     model: SourceModel, runs: Sequence[Run], wanted: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
     """Hashes of the wanted pages of each run, from their bytes."""
-
     keys = [np.zeros(run.n_pages, np.uint64) for run in runs]
 
     def hash_chunk(piece: tuple[int, int, int]) -> None:
         i, first, count = piece
-        flags = wanted[i][first : first + count]
-        edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0)) + first
-        for begin, end in edges.reshape(-1, 2).tolist():
-            data = read_pages(model, runs[i], begin, end - begin)
-            keys[i][begin:end] = hash_pages(data, runs[i].page_bytes)
+        for begin, end in stretches(wanted[i][first : first + count]):
+            data = read_pages(model, runs[i], first + begin, end - begin)
+            keys[i][first + begin : first + end] = hash_pages(data, runs[i].page_bytes)
 
     pieces = [
         (i, first, count)

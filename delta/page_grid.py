@@ -100,6 +100,12 @@ def n_paired(run: Run, other: Run | None) -> int:
     return min(run.bytes, other.bytes) // run.page_bytes
 
 
+def stretches(flags: np.ndarray) -> list[tuple[int, int]]:
+    """Begin and end of each stretch of pages that are flagged, bool [n_pages]."""
+    bounds = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
+    return [(begin, end) for begin, end in bounds.reshape(-1, 2).tolist()]
+
+
 def tensor_runs(part: int, tensor: TensorInfo) -> Iterator[Run]:
     """The slices of a tensor."""
     page_bytes = CONTENT_BYTES

@@ -24,6 +24,7 @@ from delta.page_coding import (
     compress_streams,
     encode,
 )
+from delta.page_grid import stretches
 from delta.patch_file import BOTH, PageGroup, render_group
 from delta.source_model import SourceModel
 
@@ -80,8 +81,7 @@ def gather(touched: Sequence[RunChange], is_stored: np.ndarray) -> Iterator[Batc
 
 def _spans(flags: np.ndarray, n_paired: int) -> Iterator[tuple[int, int, bool]]:
     """Consecutive flagged pages (first, count, paired), cut where the paired ones end."""
-    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
-    for begin, end in edges.reshape(-1, 2).tolist():
+    for begin, end in stretches(flags):
         middle = min(max(begin, n_paired), end)
         if begin < middle:
             yield begin, middle - begin, True

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from delta.bound_patch import COPIED, KEPT, BoundPatch, edges
+from delta.bound_patch import COPIED, KEPT, BoundPatch
 from delta.compare import chunks, read_pages
-from delta.page_grid import Run, n_paired
+from delta.page_grid import Run, n_paired, stretches
 from forge.errors import GGUFShardError
 from forge.info import printable
 from forge.pipeline import in_order
@@ -127,7 +127,7 @@ class TargetBuilder:
     def _spans(self, step: _Step, source: int) -> list[tuple[int, int]]:
         """Begin and end, counted from the step's first page, of the pages from one source."""
         sources = self.bound.sources[step.index][step.first : step.first + step.count]
-        return [(begin, end) for begin, end in edges(sources) if sources[begin] == source]
+        return stretches(sources == source)
 
     def _keep(self, step: _Step) -> None:
         """Carry pages over; what has no counterpart is padding, and zero."""
