@@ -15,10 +15,10 @@ from atlas.host_store import FileStore
 from atlas.manager import Atlas
 from atlas.model_shards import is_expert
 from atlas.ops.swap_state import FREE_HEAD, GATHERED, N_FREE, TICK
+from experiments.validation import gguf_factory as factory
 from forge.core_file import page_offset
 from forge.shard import ShardOptions, shard_model
 from forge.sharded_model import ShardedModel
-from tests import gguf_factory as factory
 
 
 def dense_model(n_layers: int = 4, seed: int = 0) -> bytes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.validation import gguf_factory as factory
 from forge.journal import JournalWriter
-from tests import gguf_factory as factory
 
 #: Files of a sharded model: what is in them is all the same to a journal.
 NAMES = ("core.gguf", "core.sgmap")

@@ -27,10 +27,10 @@ from atlas.ops.lru import RANK_COLD, RANK_NORMAL, RANK_PINNED
 from atlas.stats import CacheStats
 from atlas.swap import Lane, Swapper
 from atlas.target import CpuTarget, cuda_is_usable
+from experiments.validation import gguf_factory as factory
 from forge.errors import GGUFShardError
 from forge.sharded_model import ShardedModel
 from tests import cache_factory as cache
-from tests import gguf_factory as factory
 
 N_FRAMES = 6
 RESERVE = 2

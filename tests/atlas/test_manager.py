@@ -20,10 +20,10 @@ from atlas.manager import Atlas
 from atlas.model_shards import Band
 from atlas.stats import CacheStats
 from atlas.target import CpuTarget, Target
+from experiments.validation import gguf_factory as factory
 from forge.errors import GGUFShardError
 from forge.sharded_model import ShardedModel
 from tests import cache_factory as cache
-from tests import gguf_factory as factory
 
 PASSES = 1 if config.ENABLE_CUDASIM else 3
 KINDS = GGMLQuantizationType

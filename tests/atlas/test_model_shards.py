@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from atlas.model_shards import ModelShards
 from atlas.ops.paged import PagedMatrix
+from experiments.validation import gguf_factory as factory
 from forge.block_layouts import block_layout
 from forge.errors import GGUFShardError
 from forge.sgmap import ShardMap
 from forge.sgmap_reader import load_map
 from tests import cache_factory as cache
-from tests import gguf_factory as factory
 
 KINDS = GGMLQuantizationType
 

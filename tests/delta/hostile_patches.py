@@ -30,11 +30,11 @@ from delta.byte_planes import element_kind
 from delta.incremental_model_updater import main
 from delta.page_coding import ORDERED, RAW, SPARSE, encode
 from delta.page_grid import TENSOR
+from experiments.validation import gguf_factory as factory
+from experiments.validation.gguf_factory import Tensor
 from forge.gguf_file import parse_header
 from forge.shard import ShardOptions, shard_model
-from tests import gguf_factory as factory
 from tests.delta.model_pairs import PAIRS, half_floats
-from tests.gguf_factory import Tensor
 
 FORWARD, REVERSE, BOTH = 1, 2, 3
 F16, Q8_0 = int(T.F16) + 1, int(T.Q8_0) + 1

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 from gguf import GGMLQuantizationType as T
 
-from tests import gguf_factory as factory
-from tests.gguf_factory import STRING, Tensor, pair, tensor
+from experiments.validation import gguf_factory as factory
+from experiments.validation.gguf_factory import STRING, Tensor, pair, tensor
 
 #: Pages of the large matrices: several, the last one short.
 _ROWS = 120

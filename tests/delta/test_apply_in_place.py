@@ -13,11 +13,11 @@ from gguf import GGMLQuantizationType as T
 from delta import apply_in_place
 from delta.apply_in_place import update_in_place
 from delta.diff import create_patch
+from experiments.validation.gguf_factory import split_model, tensor
 from forge.errors import GGUFShardError
 from forge.pending_file import journal_path
 from forge.shard import ShardOptions, shard_model
 from tests.delta.model_pairs import CASES
-from tests.gguf_factory import split_model, tensor
 
 #: Ways in which files change: some pages of them; all behind a longer header; other pages.
 _WAYS = ("nudged weights", "metadata longer", "tensor added")

@@ -14,10 +14,11 @@ from delta.apply import apply_patch
 from delta.apply_in_place import update_in_place
 from delta.page_coding import ORDERED, RAW, XOR
 from delta.page_grid import PADDING
+from experiments.validation import gguf_factory as factory
+from experiments.validation.gguf_factory import Tensor
 from forge.errors import GGUFShardError
 from forge.shard import ShardOptions, shard_model
 from forge.verify import verify_model
-from tests import gguf_factory as factory
 from tests.delta import hostile_patches as hostile
 from tests.delta.hostile_patches import (
     BASE_A,
@@ -45,7 +46,6 @@ from tests.delta.hostile_patches import (
     touched,
     two_way,
 )  # fmt: skip
-from tests.gguf_factory import Tensor
 
 # ---- what is right ----
 

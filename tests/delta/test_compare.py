@@ -16,8 +16,8 @@ from delta import compare as module
 from delta.compare import Comparison, chunks, compare, different_pages, read_pages, slice_pages
 from delta.page_grid import PADDING, TENSOR, Run, model_runs
 from delta.source_model import PlainModel, ShardedSource, SourceModel, open_source
+from experiments.validation import gguf_factory as factory
 from forge.shard import ShardOptions, shard_model
-from tests import gguf_factory as factory
 from tests.delta.model_pairs import CASES
 from tests.delta.test_page_grid import ODD
 

@@ -18,9 +18,9 @@ from delta.diff import create_patch
 from delta.page_coding import RAW
 from delta.page_grid import PADDING, TENSOR, Run, model_runs, n_paired
 from delta.patch_file import FORWARD, PatchReader
+from experiments.validation import gguf_factory as factory
 from forge.gguf_file import parse_header
 from forge.sizes import format_bytes
-from tests import gguf_factory as factory
 from tests.delta import hostile_patches as hostile
 from tests.delta.hostile_patches import Group, forward, having, in_group, material, touched
 from tests.delta.model_pairs import CASES, PAIRS, edited, tensors

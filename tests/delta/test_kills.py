@@ -22,13 +22,13 @@ from gguf import GGMLQuantizationType as T
 from delta.apply import apply_patch
 from delta.apply_in_place import update_in_place
 from delta.diff import create_patch
+from experiments.validation import gguf_factory as factory
 from forge.errors import GGUFShardError
 from forge.gguf_file import read_gguf
 from forge.pending_file import journal_path
 from forge.restore import restore_model
 from forge.shard import shard_model
 from forge.verify import verify_model
-from tests import gguf_factory as factory
 from tests.delta.model_pairs import PAIRS, edited
 
 _KILLS = int(os.environ.get("GGUF_SHARD_KILLS", "70"))

@@ -22,10 +22,10 @@ from delta.diff import create_patch
 from delta.moved_pages import PageSources, find_sources, hash_pages
 from delta.page_grid import PADDING, Run, model_runs
 from delta.source_model import ShardedSource, SourceModel, open_source
+from experiments.validation import gguf_factory as factory
+from experiments.validation.gguf_factory import Tensor
 from forge.shard import ShardOptions, shard_model
-from tests import gguf_factory as factory
 from tests.delta.model_pairs import CASES, PAIRS, edited, tensors
-from tests.gguf_factory import Tensor
 
 PAGE = 4088  # bytes of a page of F16
 

@@ -15,15 +15,15 @@ from delta.apply import apply_patch
 from delta.apply_in_place import update_in_place
 from delta.diff import create_patch
 from delta.page_grid import PADDING, TENSOR, Run, model_runs, n_paired
+from experiments.validation import gguf_factory as factory
+from experiments.validation.gguf_factory import Tensor, tensor
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader, parse_header, read_model
 from forge.pages import unpack_blocks
 from forge.shard import ShardOptions, shard_model
 from forge.sharded_model import ShardedModel
 from forge.verify import verify_model
-from tests import gguf_factory as factory
 from tests.delta.model_pairs import CASES, PAIRS, edited, tensors
-from tests.gguf_factory import Tensor, tensor
 
 _TYPES = [T.F64, T.I8, T.I16, T.I32, T.I64, T.F32, T.BF16, T.F16, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1,
           T.Q8_0, T.Q2_K, T.Q3_K, T.Q5_K, T.Q6_K, T.Q8_K, T.IQ2_XXS, T.IQ1_M, T.IQ4_XS, T.TQ1_0,

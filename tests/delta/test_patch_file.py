@@ -23,9 +23,9 @@ from delta.patch_file import (
     PatchWriter,
     render_group,
 )
+from experiments.validation import gguf_factory as factory
 from forge.errors import GGUFShardError
 from forge.pending_file import PendingFile
-from tests import gguf_factory as factory
 from tests.delta import hostile_patches as hostile
 from tests.delta.hostile_patches import (
     GIB,

@@ -26,8 +26,8 @@ from delta.patch_plan import (
     parse_plan,
     render_plan,
 )
+from experiments.validation import gguf_factory as factory
 from forge.errors import GGUFShardError
-from tests import gguf_factory as factory
 from tests.delta import hostile_patches as hostile
 from tests.delta.hostile_patches import Way, copy, edit, record, run
 from tests.delta.model_pairs import PAIRS, tensors

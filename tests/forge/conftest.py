@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.validation import gguf_factory as factory
 from forge.shard import shard_model
-from tests import gguf_factory as factory
 
 
 @pytest.fixture

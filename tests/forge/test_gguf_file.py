@@ -15,10 +15,10 @@ from gguf import GGUFReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.validation import gguf_factory as factory
+from experiments.validation.gguf_factory import Tensor
 from forge.errors import GGUFShardError
 from forge.gguf_file import parse_header, read_gguf, read_model
-from tests import gguf_factory as factory
-from tests.gguf_factory import Tensor
 
 LLAMA = factory.pair("general.architecture", factory.STRING, "llama")
 VECTOR = factory.tensor("a", Type.F32, (4,))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from experiments.validation import gguf_factory as factory
+from experiments.validation.gguf_factory import Tensor
 from forge.info import describe, describe_text
-from tests import gguf_factory as factory
-from tests.gguf_factory import Tensor
 
 f = factory
 

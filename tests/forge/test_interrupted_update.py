@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from experiments.validation import gguf_factory as factory
 from forge.errors import GGUFShardError
 from forge.gguf_file import read_gguf, read_model
 from forge.journal import JournalWriter, finish_journal, journal_path
@@ -15,7 +16,6 @@ from forge.restore import restore_model
 from forge.shard import shard_model
 from forge.sharded_model import ShardedModel
 from forge.verify import verify_model
-from tests import gguf_factory as factory
 from tests.journal_factory import NAMES, Change
 
 

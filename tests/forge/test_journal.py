@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experiments.validation import gguf_factory as factory
 from forge import journal, journal_file
 from forge.errors import GGUFShardError
 from forge.journal import JournalWriter, finish_journal, journal_path
 from forge.pending_file import PendingFile, pending_path
-from tests import gguf_factory as factory
 from tests.journal_factory import CHANGE, NAMES, NEW, OLD, Change, contents, names, set_contents
 
 

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from experiments.validation import gguf_factory as factory
 from forge import model_sharding_tool as tool
 from forge.command import run_command
 from forge.sgmap_reader import load_map
 from forge.verify import verify_model
-from tests import gguf_factory as factory
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "forge/model_sharding_tool.py"

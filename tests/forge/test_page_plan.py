@@ -9,6 +9,8 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.validation import gguf_factory as factory
+from experiments.validation.gguf_factory import Tensor
 from forge.gguf_file import GGUFHeader, parse_header
 from forge.page_plan import (
     PagePlan,
@@ -18,8 +20,6 @@ from forge.page_plan import (
     plan_pages,
     zone_of,
 )
-from tests import gguf_factory as factory
-from tests.gguf_factory import Tensor
 
 
 def header_of(*tensors: Tensor, **options: object) -> GGUFHeader:

@@ -11,14 +11,14 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experiments.validation import gguf_factory as factory
+from experiments.validation.gguf_factory import Tensor
 from forge.block_layouts import MEMORY_LAYOUTS, block_layout
 from forge.errors import GGUFShardError
 from forge.restore import restore_model
 from forge.sgmap_reader import load_map
 from forge.shard import ShardOptions, shard_model
 from forge.verify import verify_model
-from tests import gguf_factory as factory
-from tests.gguf_factory import Tensor
 
 both_layouts = pytest.mark.parametrize("memory_layout", MEMORY_LAYOUTS)
 

@@ -14,6 +14,7 @@ import xxhash
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 
+from experiments.validation import gguf_factory as factory
 from forge import shard
 from forge.errors import GGUFShardError
 from forge.sgmap import MAX_PREFETCH_DISTANCE
@@ -21,7 +22,6 @@ from forge.sgmap_reader import load_map
 from forge.shard import ShardOptions, shard_model
 from forge.sharded_model import ShardedModel
 from forge.verify import verify_model
-from tests import gguf_factory as factory
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experiments.validation import gguf_factory as factory
 from forge import source_bytes
 from forge.block_layouts import MEMORY_LAYOUTS
 from forge.errors import GGUFShardError
@@ -17,7 +18,6 @@ from forge.sgmap import ShardMap
 from forge.shard import ShardOptions, shard_model
 from forge.sharded_model import ShardedModel
 from forge.source_bytes import SourceBytes
-from tests import gguf_factory as factory
 
 both_layouts = pytest.mark.parametrize("memory_layout", MEMORY_LAYOUTS)
 

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from experiments.validation import gguf_factory as factory
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES
 from forge.restore import restore_model
@@ -19,7 +20,6 @@ from forge.sgmap import core_path
 from forge.sgmap_reader import load_map, parse_map
 from forge.shard import ShardOptions, shard_model
 from forge.verify import Fault, VerifyResult, verify_model
-from tests import gguf_factory as factory
 
 shared_folder = settings(
     max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,21 +147,39 @@ def random_bytes(n_bytes: int, seed: int = 0) -> bytes:
     return np.random.default_rng(seed).bytes(n_bytes)
 
 
-def small_model(seed: int = 0) -> bytes:
-    """A model of about a dozen pages with every zone, two layouts' worth of types, experts."""
+def small_tensors(seed: int = 0) -> list[Tensor]:
+    """Tensors of about a dozen pages: every zone, two layouts' worth of types, experts."""
     types = GGMLQuantizationType
-    return gguf(
-        [
-            tensor("token_embd.weight", types.Q8_0, (32, 130), seed),
-            tensor("blk.0.attn_norm.weight", types.F32, (32,), seed + 1),
-            tensor("blk.0.attn_q.weight", types.Q4_0, (32, 240), seed + 2),
-            tensor("blk.0.ffn_gate_exps.weight", types.F16, (32, 4, 2), seed + 3),
-            Tensor("unknown.weight", UNKNOWN_TYPE, (7,), random_bytes(100, seed + 5)),
-            tensor("output.weight", types.Q6_K, (256, 20), seed + 4),
-        ],
-        [pair("general.architecture", STRING, "llama"), array("some.list", STRING, ["a", "bc"])],
-        tail=b"junk",
-    )
+    return [
+        tensor("token_embd.weight", types.Q8_0, (32, 130), seed),
+        tensor("blk.0.attn_norm.weight", types.F32, (32,), seed + 1),
+        tensor("blk.0.attn_q.weight", types.Q4_0, (32, 240), seed + 2),
+        tensor("blk.0.ffn_gate_exps.weight", types.F16, (32, 4, 2), seed + 3),
+        Tensor("unknown.weight", UNKNOWN_TYPE, (7,), random_bytes(100, seed + 5)),
+        tensor("output.weight", types.Q6_K, (256, 20), seed + 4),
+    ]
+
+
+def small_model(seed: int = 0) -> bytes:
+    """A model of those tensors, with bytes behind the last."""
+    pairs = [pair("general.architecture", STRING, "llama"), array("some.list", STRING, ["a", "bc"])]
+    return gguf(small_tensors(seed), pairs, tail=b"junk")
+
+
+def newer_small_model(seed: int = 0) -> bytes:
+    """Another version of it: changed bytes here and there, a new page, a longer header."""
+    tensors = small_tensors(seed)
+    scattered = np.frombuffer(tensors[0].data, np.uint8).copy()
+    scattered[::1000] ^= 0x15
+    tensors[0] = replace(tensors[0], data=scattered.tobytes())
+    last = tensors[-1].data
+    tensors[-1] = replace(tensors[-1], data=random_bytes(3990, seed + 6) + last[3990:])
+    pairs = [
+        pair("general.architecture", STRING, "llama"),
+        array("some.list", STRING, ["a", "bc"]),
+        pair("general.name", STRING, "newer"),
+    ]
+    return gguf(tensors, pairs, tail=b"junk")
 
 
 def write(path: Path, data: bytes) -> Path:
