@@ -9,6 +9,7 @@ from gguf.quants import dequantize
 
 from atlas.errors import CorruptPageError
 from atlas.ops.paged import PagedMatrix
+from forge.core_file import page_buffer
 from forge.crc32 import CONTENT_BYTES
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES, page_fault, unpack_blocks
@@ -58,7 +59,7 @@ class FileStore:
         CorruptPageError
             If a page does not hold, and again when read a second time.
         """
-        pages = np.empty((count, PAGE_BYTES), np.uint8)
+        pages = page_buffer(first, count)
         expected = self.model.page_crc32[first : first + count]
         self.model.core.read_pages(first, pages)
         fault = check_pages(pages, expected)

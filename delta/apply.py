@@ -19,6 +19,7 @@ from delta.page_grid import Run
 from delta.page_sink import PageSink, TargetBuilder
 from delta.patch_file import PatchReader
 from delta.source_model import SourceModel, open_source
+from forge.buffers import read_buffer
 from forge.core_file import read_fully
 from forge.errors import GGUFShardError
 from forge.gguf_file import part_paths
@@ -48,7 +49,7 @@ class FileSink(PageSink):
         self._files[run.part].write(data, run.span(first_page, 1)[0])
 
     def read(self, part: int, offset: int, n_bytes: int) -> np.ndarray:
-        data = np.empty(n_bytes, np.uint8)
+        data = read_buffer(offset, n_bytes)
         file = self._files[part]
         read_fully(file.fileno(), data.data, offset, file.pending)
         return data

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from forge.buffers import read_buffer
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader, read_model
 from forge.pending_file import is_at
@@ -64,7 +65,7 @@ class SourceModel(ABC):
         GGUFShardError
             If they cannot be read, or a page that holds them is damaged.
         """
-        buffer = np.empty(n_bytes, np.uint8)
+        buffer = read_buffer(offset, n_bytes)
         self.read_into(part, offset, buffer)
         return buffer
 

@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 from gguf import GGMLQuantizationType
 
+from forge.buffers import read_buffer
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES
 
@@ -52,6 +53,11 @@ def core_header(n_pages: int) -> bytes:
 def page_offset(page: int) -> int:
     """Byte offset of a page in the file."""
     return PAGE_BYTES * (1 + page)
+
+
+def page_buffer(first: int, count: int) -> np.ndarray:
+    """Memory to read the pages from `first` on into, uint8 [count, 4096]."""
+    return read_buffer(page_offset(first), count * PAGE_BYTES).reshape(count, PAGE_BYTES)
 
 
 def crc_table_bytes(n_pages: int) -> int:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import xxhash
 
-from forge.core_file import CoreFile
+from forge.core_file import CoreFile, page_buffer
 from forge.crc32 import crc32_pages
 from forge.pages import CRC_OFFSET, MAGIC_OFFSET, MAGIC_WORD, PAGE_BYTES, page_fault
 from forge.pipeline import in_order
@@ -85,7 +85,7 @@ def scan_shards(
 
     def scan(first: int) -> tuple[int, int, list[tuple[int, str]], list[str]]:
         n = min(batch, core.n_pages - first)
-        pages = np.empty((n, PAGE_BYTES), np.uint8)
+        pages = page_buffer(first, n)
         core.read_pages(first, pages)
         expected = page_crc32[first : first + n]
         faults = [

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from forge.core_file import CoreFile
+from forge.core_file import CoreFile, page_buffer
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader, parse_header
 from forge.journal import finish_journal
-from forge.pages import PAGE_BYTES, unpack_raw
+from forge.pages import unpack_raw
 from forge.pending_file import finish_pending, pending_path
 from forge.sgmap import RawSegment, ShardMap, core_path
 from forge.sgmap_reader import load_map
@@ -97,7 +97,7 @@ class ShardedModel:
         GGUFShardError
             If a page does not hold; the message names page, shard and tensor.
         """
-        pages = np.empty((count, PAGE_BYTES), np.uint8)
+        pages = page_buffer(first, count)
         self.core.read_pages(first, pages)
         fault = check_pages(pages, self.page_crc32[first : first + count])
         if fault is not None:

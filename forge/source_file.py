@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 
+from forge.buffers import read_buffer
 from forge.core_file import read_fully
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader
@@ -68,7 +69,7 @@ class SourceFile:
         GGUFShardError
             If the file ends first or cannot be read.
         """
-        data = np.empty(n_bytes, np.uint8)
+        data = read_buffer(offset, n_bytes)
         self.read_into(offset, data)
         return data
 

@@ -1,0 +1,34 @@
+"""Memory for large reads of files, placed where the kernel copies fastest.
+
+The kernel fills a buffer from the page cache with one string move. AMD's processors (seen on Zen 2
+to 5) do that three to five times slower where the destination lies up to 32 bytes behind the source
+modulo 4096, and NumPy's large arrays begin 16 bytes behind the start of a page: the wrong place for
+just the reads that begin on a page of the file. Half a page away from the source is right for any
+offset, for writing the same bytes back to it, too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from forge.pages import PAGE_BYTES
+
+_LARGE = 1 << 15  # below it the call costs more than the copy
+_ALIGNMENT = 64
+
+
+def read_buffer(offset: int, n_bytes: int) -> np.ndarray:
+    """Memory for what lies from byte `offset` of a file on, uint8 [n_bytes], aligned to 8 bytes.
+
+    Examples
+    --------
+    >>> buffer = read_buffer(4096, 1 << 20)
+    >>> (buffer.ctypes.data - 4096) % 4096
+    2048
+    """
+    if n_bytes < _LARGE:
+        return np.empty(n_bytes, np.uint8)
+    memory = np.empty(n_bytes + PAGE_BYTES, np.uint8)
+    wanted = (offset + PAGE_BYTES // 2) // _ALIGNMENT * _ALIGNMENT
+    begin = (wanted - memory.ctypes.data) % PAGE_BYTES
+    return memory[begin : begin + n_bytes]
