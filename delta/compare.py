@@ -6,12 +6,13 @@ not be read at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from delta.page_grid import PADDING, TENSOR, Run, RunKey, model_runs, n_paired
+from delta.page_hash import sample_pages
 from delta.source_model import ShardedSource, SourceModel
 
 _CHUNK_BYTES = 1 << 20
@@ -29,12 +30,15 @@ class RunChange:
         Pages, from the first on, that have a counterpart.
     changed
         bool [n_pages]: differs from its counterpart; without one, always (but for zero padding).
+    samples
+        uint64 [n_pages]: a hash of a sample of each page that was read (`delta.page_hash`), or 0.
     """
 
     run: Run
     other: Run | None
     n_paired: int
     changed: np.ndarray
+    samples: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,13 @@ def compare(base: SourceModel, target: SourceModel, advance: Callable[[int], Non
     unread = _Unread(base, target)
     others = {run.key: run for run in base_runs}
     forward = []
+    samples: dict[RunKey, np.ndarray] = {}
     for run in target_runs:
-        change = _compare_run(base, target, run, others.get(run.key), unread, advance)
+        change, samples[run.key] = _compare_run(
+            base, target, run, others.get(run.key), unread, advance
+        )
         forward.append(change)
-    return Comparison(tuple(forward), tuple(_mirror(base, base_runs, forward)))
+    return Comparison(tuple(forward), tuple(_mirror(base, base_runs, forward, samples)))
 
 
 def _compare_run(
@@ -112,25 +119,30 @@ def _compare_run(
     other: Run | None,
     unread: _Unread,
     advance: Callable[[int], None],
-) -> RunChange:
+) -> tuple[RunChange, np.ndarray]:
+    """The change of a run, and samples of the pages that it is paired with."""
     paired = n_paired(run, other)
     changed = np.ones(run.n_pages, np.bool_)
+    samples, samples_before = np.zeros(run.n_pages, np.uint64), np.zeros(paired, np.uint64)
     if paired:
         assert other is not None
         for first, count in chunks(run, 0, paired):
+            pages = slice(first, first + count)
             if unread.is_same(run, other, first, count):
-                changed[first : first + count] = False
+                changed[pages] = False
             else:
-                changed[first : first + count] = different_pages(
-                    read_pages(target, run, first, count),
-                    read_pages(base, other, first, count),
-                    run.page_bytes,
-                )
+                now = read_pages(target, run, first, count)
+                before = read_pages(base, other, first, count)
+                changed[pages] = different_pages(now, before, run.page_bytes)
+                samples_before[pages] = sample_pages(before, run.page_bytes)
+                samples[pages] = samples_before[pages]
+                if changed[pages].any():
+                    samples[pages] = sample_pages(now, run.page_bytes)
             advance(run.span(first, count)[1])
     if run.kind == PADDING:
         _forget_zeros(target, run, paired, changed)
     advance(run.bytes - run.span(0, paired)[1] if paired else run.bytes)
-    return RunChange(run, other, paired, changed)
+    return RunChange(run, other, paired, changed, samples), samples_before
 
 
 def _forget_zeros(model: SourceModel, run: Run, paired: int, changed: np.ndarray) -> None:
@@ -141,20 +153,24 @@ def _forget_zeros(model: SourceModel, run: Run, paired: int, changed: np.ndarray
 
 
 def _mirror(
-    base: SourceModel, runs: Sequence[Run], forward: Sequence[RunChange]
+    base: SourceModel,
+    runs: Sequence[Run],
+    forward: Sequence[RunChange],
+    samples_before: Mapping[RunKey, np.ndarray],
 ) -> Iterator[RunChange]:
     """The comparison from the base's side."""
     by_key: dict[RunKey, RunChange] = {change.run.key: change for change in forward}
     for run in runs:
         change = by_key.get(run.key)
-        changed = np.ones(run.n_pages, np.bool_)
+        changed, samples = np.ones(run.n_pages, np.bool_), np.zeros(run.n_pages, np.uint64)
         paired = 0
         if change is not None:
             paired = change.n_paired
             changed[:paired] = change.changed[:paired]
+            samples[:paired] = samples_before[run.key]
         if run.kind == PADDING:
             _forget_zeros(base, run, paired, changed)
-        yield RunChange(run, None if change is None else change.run, paired, changed)
+        yield RunChange(run, None if change is None else change.run, paired, changed, samples)
 
 
 class _Unread:

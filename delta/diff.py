@@ -79,7 +79,7 @@ def _plan_way(
         The target's runs held against the base's, and the other way round.
     """
     touched = [change for change in forward if change.changed.any()]
-    sources = find_sources(base, target, [change.run for change in backward], touched)
+    sources = find_sources(base, target, backward, touched)
     headers = tuple(_header_edit(base, target, part) for part in range(len(target.names)))
     lost = tuple(
         LostRun(change.run.name, change.run.index, change.run.n_pages - change.n_paired)

@@ -1,12 +1,13 @@
 """Pages that stand elsewhere already, in the base or earlier in the target, are not stored again.
 
-Candidates are found by a hash of their content; each is compared byte by byte before it counts.
-Two sharded models know a hash of each page without reading it: the tables of CRCs.
+Candidates are found by a hash of their content, which is taken only of pages whose samples agree
+with others' (`delta.page_hash`); each is compared byte by byte before it counts. Two sharded models
+know a hash of each page without reading it: the tables of CRCs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,14 +15,11 @@ import numpy as np
 
 from delta.compare import RunChange, chunks, read_pages, slice_pages
 from delta.page_grid import TENSOR, Run, stretches
+from delta.page_hash import hash_pages, sample_pages
 from delta.source_model import ShardedSource, SourceModel
-from forge.jit import cached_njit
-from forge.pages import PAGE_BYTES
 
-_SMALLEST = 64  # bytes: naming a copy takes some, too
 _STEP = 1024  # pages compared at once
 _THREADS = 2
-_FACTORS = np.random.default_rng(0).integers(1, 1 << 32, PAGE_BYTES // 2, np.uint32)
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,10 @@ def numbered(runs: Sequence[Run]) -> np.ndarray:
 
 
 def find_sources(
-    base: SourceModel, target: SourceModel, base_runs: Sequence[Run], touched: Sequence[RunChange]
+    base: SourceModel,
+    target: SourceModel,
+    backward: Sequence[RunChange],
+    touched: Sequence[RunChange],
 ) -> PageSources:
     """Find out which changed pages of the target equal others.
 
@@ -62,7 +63,7 @@ def find_sources(
     ----------
     base, target
         The models.
-    base_runs
+    backward
         All runs of the base.
     touched
         The target's runs that have changed pages.
@@ -76,10 +77,12 @@ def find_sources(
     sources = PageSources(pages, np.full(len(pages), -1, np.int64), np.zeros(len(pages), np.bool_))
     if len(pages) == 0:
         return sources
-    tables = _knows_tables(base, target)
-    keys = _keys(target, runs, tables, [change.changed for change in touched])[pages]
-    whole = [np.ones(run.n_pages, np.bool_) for run in base_runs]
-    _look_up(sources, keys, _keys(base, base_runs, tables, whole))
+    base_runs = [change.run for change in backward]
+    if _knows_tables(base, target):
+        keys, others = _table_keys(target, runs)[pages], _table_keys(base, base_runs)
+    else:
+        keys, others = _content_keys((target, touched), (base, backward), pages)
+    _look_up(sources, keys, others)
     _verify(sources, False, (target, runs), (base, base_runs))
     _look_back(sources, keys)
     _verify(sources, True, (target, runs), (target, runs))
@@ -93,76 +96,76 @@ def _knows_tables(base: SourceModel, target: SourceModel) -> bool:
     return base.model.map.atlas.memory_layout == target.model.map.atlas.memory_layout
 
 
-def _keys(
-    model: SourceModel, runs: Sequence[Run], tables: bool, wanted: Sequence[np.ndarray]
-) -> np.ndarray:
-    """A hash of each wanted page of some runs, uint64 [n_pages]; 0 where there is none."""
-    if tables and isinstance(model, ShardedSource):
-        places = slice_pages(model)
-        parts = [_table_keys(model, run, places) for run in runs]
-    else:
-        parts = _content_keys(model, runs, wanted)
-    return np.concatenate([np.zeros(0, np.uint64), *parts])
-
-
-def _table_keys(
-    model: ShardedSource, run: Run, places: dict[tuple[int, str, int], tuple[int, int]]
-) -> np.ndarray:
-    first, n_pages = places.get(run.key, (0, 0))
-    if n_pages != run.n_pages:
-        return np.zeros(run.n_pages, np.uint64)
-    # The same bits are other pages where a page holds blocks of another size.
-    crcs = model.model.page_crc32[first : first + n_pages].astype(np.uint64)
-    return (crcs << np.uint64(16)) | np.uint64(run.page_bytes)
+def _table_keys(model: SourceModel, runs: Sequence[Run]) -> np.ndarray:
+    """The table's CRC of each page of some runs, uint64 [n_pages]; 0 where there is none."""
+    assert isinstance(model, ShardedSource)
+    places = slice_pages(model)
+    keys = [np.zeros(0, np.uint64)]
+    for run in runs:
+        first, n_pages = places.get(run.key, (0, 0))
+        if n_pages == run.n_pages:
+            crcs = model.model.page_crc32[first : first + n_pages].astype(np.uint64)
+            # The same bits are other pages where a page holds blocks of another size.
+            keys.append((crcs << np.uint64(16)) | np.uint64(run.page_bytes))
+        else:
+            keys.append(np.zeros(run.n_pages, np.uint64))
+    return np.concatenate(keys)
 
 
 def _content_keys(
-    model: SourceModel, runs: Sequence[Run], wanted: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    """Hashes of the wanted pages of each run, from their bytes."""
-    keys = [np.zeros(run.n_pages, np.uint64) for run in runs]
+    here: tuple[SourceModel, Sequence[RunChange]],
+    there: tuple[SourceModel, Sequence[RunChange]],
+    pages: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the given pages here, and of all there, from their bytes: uint64, and 0 for those
+    whose samples say that nothing equals them."""
+    wanted = np.zeros(sum(change.run.n_pages for change in here[1]), np.bool_)
+    wanted[pages] = True
+    samples, others = _samples(*here, wanted), _samples(*there)
+    wanted &= samples != 0
+    _, which, count = np.unique(samples[wanted], return_inverse=True, return_counts=True)
+    wanted[wanted] = (count[which] > 1) | np.isin(samples[wanted], others)
+    keys = _hashes(*here, wanted, hash_pages)
+    return keys[pages], _hashes(*there, np.isin(others, samples[wanted]), hash_pages)
 
-    def hash_chunk(piece: tuple[int, int, int]) -> None:
-        i, first, count = piece
-        for begin, end in stretches(wanted[i][first : first + count]):
-            data = read_pages(model, runs[i], first + begin, end - begin)
-            keys[i][first + begin : first + end] = hash_pages(data, runs[i].page_bytes)
+
+def _samples(
+    model: SourceModel, changes: Sequence[RunChange], wanted: np.ndarray | None = None
+) -> np.ndarray:
+    """Samples of all pages, or of the wanted ones; those not taken yet are."""
+    samples = np.concatenate([np.zeros(0, np.uint64), *(change.samples for change in changes)])
+    missing = samples == 0
+    if wanted is not None:
+        missing &= wanted
+    return samples | _hashes(model, changes, missing, sample_pages)
+
+
+def _hashes(
+    model: SourceModel,
+    changes: Sequence[RunChange],
+    wanted: np.ndarray,
+    hash_of: Callable[[np.ndarray, int], np.ndarray],
+) -> np.ndarray:
+    """Hashes of the wanted ones of some runs' pages, uint64 [n_pages]; 0 for the others."""
+    keys = np.zeros(len(wanted), np.uint64)
+    starts = numbered([change.run for change in changes])
+
+    def hash_chunk(piece: tuple[Run, int, int, int]) -> None:
+        run, start, first, count = piece
+        for begin, end in stretches(wanted[start + first : start + first + count]):
+            data = read_pages(model, run, first + begin, end - begin)
+            keys[start + first + begin : start + first + end] = hash_of(data, run.page_bytes)
 
     pieces = [
-        (i, first, count)
-        for i, run in enumerate(runs)
-        if run.kind == TENSOR
-        for first, count in chunks(run, 0, run.n_pages)
+        (change.run, start, first, count)
+        for change, start in zip(changes, starts.tolist(), strict=False)
+        if change.run.kind == TENSOR and wanted[start : start + change.run.n_pages].any()
+        for first, count in chunks(change.run, 0, change.run.n_pages)
     ]
     with ThreadPoolExecutor(_THREADS) as threads:
         for done in [threads.submit(hash_chunk, piece) for piece in pieces]:
             done.result()
     return keys
-
-
-def hash_pages(data: np.ndarray, page_bytes: int) -> np.ndarray:
-    """A hash of each page of `data`, uint64 [n_pages]; 0 for those too small to be looked for.
-
-    The sum over a page's bytes, two at a time, each times a random number of its own: pages that
-    differ seldom agree, and whoever calls compares them anyway. Pages have an even number of bytes;
-    of a short last page, an odd byte at its end does not count.
-    """
-    n_pages = -(-len(data) // page_bytes)
-    keys = np.zeros(n_pages, np.uint64)
-    _hash_loop(data[: len(data) // 2 * 2].view(np.uint16), page_bytes // 2, _FACTORS, keys)
-    if len(data) - (n_pages - 1) * page_bytes < _SMALLEST:
-        keys[-1] = 0
-    return keys
-
-
-@cached_njit()
-def _hash_loop(words: np.ndarray, page_words: int, factors: np.ndarray, keys: np.ndarray) -> None:
-    for page in range(keys.size):
-        here = words[page * page_words : (page + 1) * page_words]
-        key = np.uint64(0)
-        for i in range(here.size):
-            key += np.uint64(here[i]) * np.uint64(factors[i])
-        keys[page] = key | np.uint64(1 << 63)
 
 
 def _look_up(sources: PageSources, keys: np.ndarray, others: np.ndarray) -> None:

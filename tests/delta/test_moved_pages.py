@@ -15,12 +15,14 @@ import pytest
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
+from delta import compare as compare_module
 from delta import moved_pages
 from delta.apply import apply_patch
 from delta.compare import compare
 from delta.diff import create_patch
-from delta.moved_pages import PageSources, find_sources, hash_pages
+from delta.moved_pages import PageSources, find_sources
 from delta.page_grid import PADDING, Run, model_runs
+from delta.page_hash import hash_pages, sample_pages
 from delta.source_model import ShardedSource, SourceModel, open_source
 from experiments.validation import gguf_factory as factory
 from experiments.validation.gguf_factory import Tensor
@@ -53,11 +55,12 @@ class Found:
         before: Callable[[SourceModel, SourceModel], None] = lambda base, target: None,
     ) -> None:
         self.models = base, target
-        changes = [c for c in compare(base, target, lambda n: None).forward if c.changed.any()]
+        comparison = compare(base, target, lambda n: None)
+        changes = [change for change in comparison.forward if change.changed.any()]
         self.base_runs = model_runs(base.headers)
         self.touched = [change.run for change in changes]
         before(base, target)
-        self.sources = find_sources(base, target, self.base_runs, changes)
+        self.sources = find_sources(base, target, comparison.backward, changes)
 
     @property
     def places(self) -> dict[tuple[str, int], tuple[str, str, int] | None]:
@@ -220,12 +223,41 @@ def test_a_hash_that_collides_makes_no_wrong_copy(
     found(tmp_path, *pair)
 
 
-def test_a_hash_is_of_its_page_alone() -> None:
+@pytest.mark.parametrize("case", [*CASES, "moved"], ids=lambda name: name.replace(" ", "-"))
+def test_samples_that_all_agree_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    moved = [f16("c", page(3), page(8), page(1), page(8), page(2))]
+    pair = CASES[case] if case in CASES else (BASE, BASE + moved)
+    (tmp_path / "usual").mkdir()
+    (tmp_path / "agreeing").mkdir()
+    usual = found(tmp_path / "usual", *pair).places
+
+    def same(data: np.ndarray, page_bytes: int) -> np.ndarray:
+        return np.minimum(sample_pages(data, page_bytes), np.uint64(1))
+
+    for module in (moved_pages, compare_module):
+        monkeypatch.setattr(module, "sample_pages", same)
+    assert found(tmp_path / "agreeing", *pair).places == usual
+
+
+@pytest.mark.parametrize("hash_of", [hash_pages, sample_pages])
+def test_a_hash_is_of_its_page_alone(hash_of: Callable[[np.ndarray, int], np.ndarray]) -> None:
     data = np.frombuffer(page(1) + page(2) + page(1) + page(3, 80), np.uint8)
-    keys = hash_pages(data, PAGE).tolist()
-    assert keys == [hash_pages(data[i * PAGE : (i + 1) * PAGE], PAGE)[0] for i in range(4)]
+    keys = hash_of(data, PAGE).tolist()
+    assert keys == [hash_of(data[i * PAGE : (i + 1) * PAGE], PAGE)[0] for i in range(4)]
     assert keys[0] == keys[2] and len(set(keys)) == 3 and 0 not in keys
-    assert hash_pages(data[: PAGE + 63], PAGE)[1] == 0 != hash_pages(data[: PAGE + 64], PAGE)[1]
+    assert hash_of(data[: PAGE + 63], PAGE)[1] == 0 != hash_of(data[: PAGE + 64], PAGE)[1]
+
+
+def test_a_sample_sees_every_128th_byte() -> None:
+    data = np.frombuffer(page(1), np.uint8).copy()
+    before = [int(hash_of(data, PAGE)[0]) for hash_of in (hash_pages, sample_pages)]
+    for place in range(PAGE):
+        data[place] ^= 1
+        after = [int(hash_of(data, PAGE)[0]) for hash_of in (hash_pages, sample_pages)]
+        assert [a != b for a, b in zip(after, before, strict=True)] == [True, place % 128 < 2]
+        data[place] ^= 1
 
 
 def test_the_last_byte_of_an_odd_page_counts(tmp_path: Path) -> None:
@@ -309,14 +341,14 @@ def _search_and_count(
     return search, [sum(of[: len(of) - n]) for of, n in zip(reads, n_check, strict=True)]
 
 
-def test_each_byte_is_read_once_to_find_and_once_to_compare(
+def test_only_what_seems_to_be_the_same_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base's tensors, the target's changed pages; and what seems to be the same, again."""
+    """Pages whose samples agree, to hash and to compare; before that, what is in no pair."""
     target = [f16("a", page(1), page(9), page(3), page(4, 100)), BASE[1], f16("c", page(6))]
     search, (of_base, of_target) = _search_and_count(tmp_path, monkeypatch, target, None)
     assert search.places == {("a", 1): None, ("c", 0): ("base", "b", 1)}
-    assert (of_base, of_target) == (sum(len(t.data) for t in BASE) + PAGE, 2 * PAGE + PAGE)
+    assert (of_base, of_target) == (2 * PAGE, 3 * PAGE)
 
 
 def test_nothing_is_read_where_nothing_changed(
