@@ -10,10 +10,6 @@ bits inverted first; read as signed integers, the patterns of all finite numbers
 number, -0 and +0 are neighbours, and NaNs lie beyond the infinities. The map is its own inverse.
 `ordered_difference` subtracts on that scale, modulo 2^width, and *zigzags* the result: 0, -1, 1,
 -2, 2, ... become 0, 1, 2, 3, 4, ...
-
-How many units in the last place an update makes depends on the exponent of the weight. So the
-differences of floating-point elements are moved together by the exponent of their base, stably
-(`sort_by_exponent`); who has the base can move them back.
 """
 
 from __future__ import annotations
@@ -37,9 +33,6 @@ _PLAIN_TYPES: dict[str, tuple[int, int]] = {
 
 #: Fields that are floating-point numbers: the bytes of one behave differently.
 _SCALE_FIELDS = ("d", "m", "dmin")
-
-#: Elements that a sort counts, then moves.
-_SORTED_AT_ONCE = 4096
 
 MAX_PAGE_BYTES = 65535  # what a u16 counts
 
@@ -261,60 +254,4 @@ def add_ordered_difference(
     word = words.dtype.type
     masks = (word(kind.magnitude_mask), np.iinfo(word).max)
     _add_difference_loop(kind.words(known), kind.words(difference), words, masks, backwards)
-    return out
-
-
-# ---- sorting by exponent ----
-
-
-@cached_njit()
-def _sort_loop(words: np.ndarray, base: np.ndarray, out: np.ndarray,
-               exponent: tuple[np.uint64, int], undo: bool) -> None:  # fmt: skip
-    """A stable counting sort, or its inverse; `exponent` is (shift, number of values)."""
-    shift, mask = exponent[0], np.uint64(exponent[1] - 1)
-    next_place = np.zeros(exponent[1], np.uint32)
-    for i in range(base.size):
-        next_place[(np.uint64(base[i]) >> shift) & mask] += 1
-    before = 0
-    for bucket in range(next_place.size):
-        count = next_place[bucket]
-        next_place[bucket] = before
-        before += count
-
-    # Counting and moving apart: together they would wait for each other's memory.
-    places = np.empty(_SORTED_AT_ONCE, np.uint32)
-    for start in range(0, base.size, _SORTED_AT_ONCE):
-        here = base[start : start + _SORTED_AT_ONCE]
-        for i in range(here.size):
-            value = (np.uint64(here[i]) >> shift) & mask
-            places[i] = next_place[value]
-            next_place[value] = places[i] + 1
-        if undo:
-            for i in range(here.size):
-                out[start + i] = words[np.uint64(places[i])]
-        else:
-            for i in range(here.size):
-                out[np.uint64(places[i])] = words[start + i]
-
-
-def sort_by_exponent(
-    kind: ElementKind, content: np.ndarray, base: np.ndarray, undo: bool = False
-) -> np.ndarray:
-    """Elements in the order of the exponents of their base, those of one as they came.
-
-    Parameters
-    ----------
-    content, base
-        uint8 [n_bytes], fewer than 2^32 elements of a type with an exponent.
-    undo
-        Move elements that were so sorted back to their places.
-
-    Returns
-    -------
-    numpy.ndarray
-        uint8 [n_bytes].
-    """
-    out = np.empty_like(content)
-    exponent = np.uint64(kind.exponent_shift), 1 << kind.exponent_bits
-    _sort_loop(kind.words(content), kind.words(base), kind.words(out), exponent, undo)
     return out

@@ -35,10 +35,10 @@ from delta.byte_planes import (
     join_planes,
     ordered_difference,
     plane_sizes,
-    sort_by_exponent,
     split_planes,
 )
 from delta.compression import compress_streams, decompress
+from delta.exponent_sort import sort_by_exponent
 from delta.mode_choice import MODE_NAMES, ORDERED, RAW, SPARSE, XOR, choose_modes
 from forge.errors import GGUFShardError
 from forge.jit import cached_njit

@@ -10,7 +10,6 @@ from delta.byte_planes import (
     add_ordered_difference,
     element_kind,
     ordered_difference,
-    sort_by_exponent,
     split_planes,
 )
 from forge.block_layouts import block_layout
@@ -104,19 +103,3 @@ def test_special_numbers(ggml_type: T) -> None:
     expected = naive.ordered_difference(target.tobytes(), base.tobytes(), size, True)
     assert steps.view(f"<u{size}").tolist() == expected
     np.testing.assert_array_equal(add_ordered_difference(kind, base, steps), target)
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 4095, 4096, 4097, 9000])
-@pytest.mark.parametrize("ggml_type", FLOATS, ids=lambda t: t.name)
-def test_sorting_is_stable_and_can_be_undone(ggml_type: T, n: int) -> None:
-    """Around the number of elements that are sorted at once."""
-    size, exponent_bits = FLOATS[ggml_type]
-    kind = element_kind(ggml_type)
-    rng = np.random.default_rng(n)
-    base = rng.integers(0, 256, n * size, dtype=np.uint8)
-    base[: n // 2 * size] = 0x3C  # many of one exponent
-    content = np.arange(n, dtype=f"<u{size}").view(np.uint8)
-    result = sort_by_exponent(kind, content, base)
-    expected = naive.by_exponent(base.tobytes(), size, exponent_bits)
-    assert result.view(f"<u{size}").tolist() == expected
-    np.testing.assert_array_equal(sort_by_exponent(kind, result, base, undo=True), content)
