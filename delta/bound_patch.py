@@ -124,25 +124,22 @@ class BoundPatch:
         GGUFShardError
             If the group does not hold what it says, or the base cannot be read.
         """
-        group = stored.group
-        spans = list(self._spans(self._pages_here(group)))
-        runs = [(self.runs[i], self.others[i]) for i, _, _ in spans]
-        lengths = np.concatenate(
-            [run.page_lengths(first + np.arange(n))
-             for (run, _), (_, first, n) in zip(runs, spans, strict=True)]
-        )  # fmt: skip
+        pages = self._pages_here(stored.group)
+        spans = self._spans(pages)
+        lengths = np.concatenate([run.page_lengths(own) for run, _, own in self._of_runs(pages)])
         base = None
-        if group.mode != RAW:
+        if stored.group.mode != RAW:
             others = [
                 (other, first, n)
-                for (_, other), (_, first, n) in zip(runs, spans, strict=True)
+                for other, first, n in ((self.others[i], first, n) for i, first, n in spans)
                 if other is not None
             ]
             base = read_spans(self.base, others)
         data = self._decode_content(stored, base, lengths)
         pieces = []
         begin = 0
-        for (run, _), (_, first, n) in zip(runs, spans, strict=True):
+        for index, first, n in spans:
+            run = self.runs[index]
             size = run.span(first, n)[1]
             pieces.append(Piece(run, first, data[begin : begin + size]))
             begin += size
@@ -260,13 +257,12 @@ class BoundPatch:
         pages = self._pages_here(group)
         self._claim(pages, number, "group")
         n_bytes = 0
-        for index, first, count in self._spans(pages):
-            run = self.runs[index]
+        for run, other, own in self._of_runs(pages):
             if run.ggml_type != group.ggml_type:
                 raise self._fail(f"group: {run.label} is not of its type")
-            if group.mode != RAW and first + count > n_paired(run, self.others[index]):
+            if group.mode != RAW and int(own[-1]) >= n_paired(run, other):
                 raise self._fail(f"group: {run.label}: a page has no counterpart in the base")
-            n_bytes += run.span(first, count)[1]
+            n_bytes += int(run.page_lengths(own).sum())
         if n_bytes != group.n_bytes:
             raise self._fail(f"group: its pages have {n_bytes} bytes, not {group.n_bytes}")
         if group.directions == BOTH and group.mode == RAW:
@@ -285,11 +281,11 @@ class BoundPatch:
     def _claim(self, pages: np.ndarray, source: int, what: str) -> None:
         if len(pages) and int(pages.max()) >= self._touched_starts[-1]:
             raise self._fail(f"{what}: page {int(pages.max())} of {int(self._touched_starts[-1])}")
-        for index, first, count in self._spans(pages):
-            claimed = self.sources[index][first : first + count]
-            if (claimed != KEPT).any():
-                raise self._fail(f"{what}: a page of {self.runs[index].label} is given twice")
-            claimed[:] = source
+        for run, _, own in self._of_runs(pages):
+            sources = self.sources[self._index[run.key]]
+            if (sources[own] != KEPT).any():
+                raise self._fail(f"{what}: a page of {run.label} is given twice")
+            sources[own] = source
 
     def _require_all(self) -> None:
         """Every page is the base's, or given."""
@@ -312,20 +308,30 @@ class BoundPatch:
                     if (theirs[page : page + count] < 0).any():
                         raise self._fail(f"copy: a page of {source.label} is itself not stored")
 
-    def _locate(self, number: int) -> tuple[int, int]:
-        i = int(np.searchsorted(self._touched_starts, number, "right")) - 1
-        return self._touched[i], number - int(self._touched_starts[i])
+    def _of_runs(self, pages: np.ndarray) -> Iterator[tuple[Run, Run | None, np.ndarray]]:
+        """Some pages of this direction by run: it, its namesake, and which of its pages."""
+        which = np.searchsorted(self._touched_starts, pages, "right") - 1
+        bounds = np.flatnonzero(np.diff(which, prepend=-1, append=-1))
+        for begin, end in pairwise(bounds.tolist()):
+            i = int(which[begin])
+            index = self._touched[i]
+            own = pages[begin:end] - self._touched_starts[i]
+            yield self.runs[index], self.others[index], own
 
-    def _spans(self, pages: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    def _spans(self, pages: np.ndarray) -> list[tuple[int, int, int]]:
         """Consecutive pages of one run: (index of the run, first page, count)."""
-        if len(pages) == 0:
-            return
-        run = np.searchsorted(self._touched_starts, pages, "right")
-        breaks = np.flatnonzero((np.diff(pages) != 1) | (np.diff(run) != 0)) + 1
-        bounds = [0, *breaks.tolist(), len(pages)]
-        for begin, end in pairwise(bounds):
-            index, first = self._locate(int(pages[begin]))
-            yield index, first, end - begin
+        which = np.searchsorted(self._touched_starts, pages, "right") - 1
+        breaks = (np.diff(pages, prepend=-2) != 1) | (np.diff(which, prepend=-1) != 0)
+        begins = np.flatnonzero(breaks)
+        which = which[begins]
+        return list(
+            zip(
+                np.asarray(self._touched, np.int64)[which].tolist(),
+                (pages[begins] - self._touched_starts[which]).tolist(),
+                np.diff(begins, append=len(pages)).tolist(),
+                strict=True,
+            )
+        )
 
 
 def total_bytes(files: Sequence[FileRecord]) -> int:
