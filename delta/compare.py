@@ -6,7 +6,7 @@ not be read at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +30,9 @@ class RunChange:
         Pages, from the first on, that have a counterpart.
     changed
         bool [n_pages]: differs from its counterpart; without one, always (but for zero padding).
-    samples
-        uint64 [n_pages]: a hash of a sample of each page that was read (`delta.page_hash`), or 0.
+    samples, other_samples
+        uint64 [n_pages], [n_paired]: a hash of a sample of each page that was read, and of its
+        counterpart (`delta.page_hash`), or 0.
     """
 
     run: Run
@@ -39,6 +40,7 @@ class RunChange:
     n_paired: int
     changed: np.ndarray
     samples: np.ndarray
+    other_samples: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,10 @@ def compare(base: SourceModel, target: SourceModel, advance: Callable[[int], Non
     unread = _Unread(base, target)
     others = {run.key: run for run in base_runs}
     forward = []
-    samples: dict[RunKey, np.ndarray] = {}
     for run in target_runs:
-        change, samples[run.key] = _compare_run(
-            base, target, run, others.get(run.key), unread, advance
-        )
+        change = _compare_run(base, target, run, others.get(run.key), unread, advance)
         forward.append(change)
-    return Comparison(tuple(forward), tuple(_mirror(base, base_runs, forward, samples)))
+    return Comparison(tuple(forward), tuple(_mirror(base, base_runs, forward)))
 
 
 def _compare_run(
@@ -119,11 +118,10 @@ def _compare_run(
     other: Run | None,
     unread: _Unread,
     advance: Callable[[int], None],
-) -> tuple[RunChange, np.ndarray]:
-    """The change of a run, and samples of the pages that it is paired with."""
+) -> RunChange:
     paired = n_paired(run, other)
     changed = np.ones(run.n_pages, np.bool_)
-    samples, samples_before = np.zeros(run.n_pages, np.uint64), np.zeros(paired, np.uint64)
+    samples, other_samples = np.zeros(run.n_pages, np.uint64), np.zeros(paired, np.uint64)
     if paired:
         assert other is not None
         for first, count in chunks(run, 0, paired):
@@ -134,15 +132,15 @@ def _compare_run(
                 now = read_pages(target, run, first, count)
                 before = read_pages(base, other, first, count)
                 changed[pages] = different_pages(now, before, run.page_bytes)
-                samples_before[pages] = sample_pages(before, run.page_bytes)
-                samples[pages] = samples_before[pages]
+                other_samples[pages] = sample_pages(before, run.page_bytes)
+                samples[pages] = other_samples[pages]
                 if changed[pages].any():
                     samples[pages] = sample_pages(now, run.page_bytes)
             advance(run.span(first, count)[1])
     if run.kind == PADDING:
         _forget_zeros(target, run, paired, changed)
     advance(run.bytes - run.span(0, paired)[1] if paired else run.bytes)
-    return RunChange(run, other, paired, changed, samples), samples_before
+    return RunChange(run, other, paired, changed, samples, other_samples)
 
 
 def _forget_zeros(model: SourceModel, run: Run, paired: int, changed: np.ndarray) -> None:
@@ -153,24 +151,22 @@ def _forget_zeros(model: SourceModel, run: Run, paired: int, changed: np.ndarray
 
 
 def _mirror(
-    base: SourceModel,
-    runs: Sequence[Run],
-    forward: Sequence[RunChange],
-    samples_before: Mapping[RunKey, np.ndarray],
+    base: SourceModel, runs: Sequence[Run], forward: Sequence[RunChange]
 ) -> Iterator[RunChange]:
     """The comparison from the base's side."""
     by_key: dict[RunKey, RunChange] = {change.run.key: change for change in forward}
     for run in runs:
         change = by_key.get(run.key)
         changed, samples = np.ones(run.n_pages, np.bool_), np.zeros(run.n_pages, np.uint64)
-        paired = 0
+        other, paired, other_samples = None, 0, np.zeros(0, np.uint64)
         if change is not None:
-            paired = change.n_paired
+            other, paired = change.run, change.n_paired
             changed[:paired] = change.changed[:paired]
-            samples[:paired] = samples_before[run.key]
+            samples[:paired] = change.other_samples
+            other_samples = change.samples[:paired]
         if run.kind == PADDING:
             _forget_zeros(base, run, paired, changed)
-        yield RunChange(run, None if change is None else change.run, paired, changed, samples)
+        yield RunChange(run, other, paired, changed, samples, other_samples)
 
 
 class _Unread:

@@ -123,10 +123,31 @@ def _content_keys(
     wanted[pages] = True
     samples, others = _samples(*here, wanted), _samples(*there)
     wanted &= samples != 0
-    _, which, count = np.unique(samples[wanted], return_inverse=True, return_counts=True)
-    wanted[wanted] = (count[which] > 1) | np.isin(samples[wanted], others)
+    # A page and its counterpart are known to differ, however alike they are.
+    n_like = _occurrences(samples[wanted], samples[wanted]) - 1
+    n_like += _occurrences(samples[wanted], others)
+    n_like -= samples[wanted] == _counterparts(here[1])[wanted]
+    wanted[wanted] = n_like > 0
     keys = _hashes(*here, wanted, hash_pages)
     return keys[pages], _hashes(*there, np.isin(others, samples[wanted]), hash_pages)
+
+
+def _occurrences(values: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """How often each value occurs among others, int64 [n]."""
+    distinct, count = np.unique(among, return_counts=True)
+    if len(distinct) == 0:
+        return np.zeros(len(values), np.int64)
+    place = np.minimum(np.searchsorted(distinct, values), len(distinct) - 1)
+    return np.where(distinct[place] == values, count[place], 0)
+
+
+def _counterparts(changes: Sequence[RunChange]) -> np.ndarray:
+    """Samples of the counterparts of all pages, uint64; 0 where there is none."""
+    samples = [np.zeros(0, np.uint64)]
+    for change in changes:
+        alone = change.run.n_pages - change.n_paired
+        samples.append(np.pad(change.other_samples, (0, alone)))
+    return np.concatenate(samples)
 
 
 def _samples(

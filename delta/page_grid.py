@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -106,13 +106,24 @@ def stretches(flags: np.ndarray) -> list[tuple[int, int]]:
     return [(begin, end) for begin, end in bounds.reshape(-1, 2).tolist()]
 
 
+def _n_slices(tensor: TensorInfo) -> int:
+    return tensor.shape[2] if tensor.ggml_type is not None and is_expert(tensor) else 1
+
+
+def consecutive(pages: np.ndarray) -> list[tuple[int, int]]:
+    """First page and count of each stretch of consecutive numbers in `pages`, ascending int64."""
+    begins = np.flatnonzero(np.diff(pages, prepend=-2) != 1)
+    counts = np.diff(begins, append=len(pages))
+    return list(zip(pages[begins].tolist(), counts.tolist(), strict=True))
+
+
 def tensor_runs(part: int, tensor: TensorInfo) -> Iterator[Run]:
     """The slices of a tensor."""
     page_bytes = CONTENT_BYTES
     if tensor.ggml_type is not None:
         layout = block_layout(tensor.ggml_type)
         page_bytes = layout.per_page * layout.bytes
-    n_slices = tensor.shape[2] if tensor.ggml_type is not None and is_expert(tensor) else 1
+    n_slices = _n_slices(tensor)
     n_bytes = tensor.bytes // n_slices
     for i in range(n_slices):
         offset = tensor.offset + i * n_bytes
@@ -138,10 +149,11 @@ def model_runs(headers: Sequence[GGUFHeader]) -> list[Run]:
     """
     runs: list[Run] = []
     for part, header in enumerate(headers):
-        for run in chain(
-            *(tensor_runs(part, t) for t in header.tensors), padding_runs(part, header)
-        ):
-            runs.append(run)
-            if len(runs) > MAX_RUNS:
-                raise GGUFShardError(f"{header.name}: more than {MAX_RUNS} slices of tensors")
+        # Counted before any is made.
+        if len(runs) + sum(map(_n_slices, header.tensors)) > MAX_RUNS:
+            raise GGUFShardError(f"{header.name}: more than {MAX_RUNS} slices of tensors")
+        runs += chain.from_iterable(tensor_runs(part, t) for t in header.tensors)
+        runs += islice(padding_runs(part, header), MAX_RUNS + 1 - len(runs))
+        if len(runs) > MAX_RUNS:
+            raise GGUFShardError(f"{header.name}: more than {MAX_RUNS} slices of tensors")
     return sorted(runs, key=lambda run: (run.part, run.offset))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from delta.byte_planes import element_kind
+from delta.byte_planes import ElementKind, element_kind
 from delta.compare import RunChange, read_spans
 from delta.mode_choice import choose_modes
 from delta.moved_pages import numbered
@@ -24,7 +24,7 @@ from delta.page_coding import (
     compress_streams,
     encode,
 )
-from delta.page_grid import stretches
+from delta.page_grid import consecutive
 from delta.patch_file import BOTH, PageGroup, render_group
 from delta.source_model import SourceModel
 
@@ -38,14 +38,30 @@ _BatchKey = tuple[GGMLQuantizationType | None, bool]
 class Batch:
     """Stored pages of one element type that go to the coder together.
 
-    `spans` are (change, first page, count); `pages` their numbers over the touched runs.
+    `pieces` are runs, the number of their first page over all touched runs, and pages of theirs.
     """
 
     ggml_type: GGMLQuantizationType | None
     is_paired: bool
-    spans: list[tuple[RunChange, int, int]]
-    pages: np.ndarray
-    lengths: np.ndarray
+    pieces: list[tuple[RunChange, int, np.ndarray]]
+
+    @property
+    def pages(self) -> np.ndarray:
+        """Numbers of the pages over the touched runs."""
+        return np.concatenate([start + own for _, start, own in self.pieces])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Bytes of the pages."""
+        return np.concatenate([change.run.page_lengths(own) for change, _, own in self.pieces])
+
+    def spans(self) -> list[tuple[RunChange, int, int]]:
+        """The pages as (change, first page, count)."""
+        return [
+            (change, first, count)
+            for change, _, own in self.pieces
+            for first, count in consecutive(own)
+        ]
 
 
 def gather(touched: Sequence[RunChange], is_stored: np.ndarray) -> Iterator[Batch]:
@@ -58,47 +74,26 @@ def gather(touched: Sequence[RunChange], is_stored: np.ndarray) -> Iterator[Batc
     is_stored
         bool [pages of all of them].
     """
-    waiting: dict[_BatchKey, list[tuple[RunChange, int, int, int]]] = {}
+    waiting: dict[_BatchKey, list[tuple[RunChange, int, np.ndarray]]] = {}
     filled: dict[_BatchKey, int] = {}
     starts = numbered([change.run for change in touched])
     for change, start in zip(touched, starts[:-1].tolist(), strict=True):
         run = change.run
-        flags = is_stored[start : start + run.n_pages]
-        for first, count, is_paired in _spans(flags, change.n_paired):
+        pages = np.flatnonzero(is_stored[start : start + run.n_pages])
+        n_paired = int(np.searchsorted(pages, change.n_paired))
+        for is_paired, own in ((True, pages[:n_paired]), (False, pages[n_paired:])):
             key = run.ggml_type, is_paired
-            while count:
+            while len(own):
                 room = max((GROUP_BYTES - filled.get(key, 0)) // run.page_bytes, 1)
-                n = min(count, room)
-                waiting.setdefault(key, []).append((change, start, first, n))
-                filled[key] = filled.get(key, 0) + run.span(first, n)[1]
-                first, count = first + n, count - n
+                waiting.setdefault(key, []).append((change, start, own[:room]))
+                n_bytes = int(run.page_lengths(own[:room]).sum())
+                filled[key] = filled.get(key, 0) + n_bytes
+                own = own[room:]
                 if filled[key] + run.page_bytes > GROUP_BYTES:
-                    yield _batch(key, waiting.pop(key))
+                    yield Batch(*key, waiting.pop(key))
                     filled[key] = 0
-    for key, spans in waiting.items():
-        yield _batch(key, spans)
-
-
-def _spans(flags: np.ndarray, n_paired: int) -> Iterator[tuple[int, int, bool]]:
-    """Consecutive flagged pages (first, count, paired), cut where the paired ones end."""
-    for begin, end in stretches(flags):
-        middle = min(max(begin, n_paired), end)
-        if begin < middle:
-            yield begin, middle - begin, True
-        if middle < end:
-            yield middle, end - middle, False
-
-
-def _batch(key: _BatchKey, spans: list[tuple[RunChange, int, int, int]]) -> Batch:
-    ggml_type, is_paired = key
-    numbers = [np.arange(first, first + n) for _, _, first, n in spans]
-    return Batch(
-        ggml_type,
-        is_paired,
-        [(change, first, n) for change, _, first, n in spans],
-        np.concatenate([start + n for (_, start, _, _), n in zip(spans, numbers, strict=True)]),
-        np.concatenate([s[0].run.page_lengths(n) for s, n in zip(spans, numbers, strict=True)]),
-    )
+    for key, pieces in waiting.items():
+        yield Batch(*key, pieces)
 
 
 class PageEncoder:
@@ -123,35 +118,33 @@ class PageEncoder:
     def encode(self, batch: Batch) -> tuple[list[tuple[PageGroup, bytes]], int]:
         """The groups of a batch, and its bytes."""
         kind = element_kind(batch.ggml_type)
-        target = read_spans(self.target, [(c.run, first, n) for c, first, n in batch.spans])
+        spans, pages, lengths = batch.spans(), batch.pages, batch.lengths
+        target = read_spans(self.target, [(c.run, first, n) for c, first, n in spans])
         base = None
-        modes = np.full(len(batch.pages), RAW, np.uint8)
+        modes = np.full(len(pages), RAW, np.uint8)
         if batch.is_paired:
-            others = [(c.other, first, n) for c, first, n in batch.spans if c.other is not None]
+            others = [(c.other, first, n) for c, first, n in spans if c.other is not None]
             base = read_spans(self.base, others)
-            modes = choose_modes(kind, target, base, batch.lengths)
+            modes = choose_modes(kind, target, base, lengths)
             if self.directions == BOTH:
                 modes[modes == RAW] = XOR  # which can be undone
-            _join_strays(modes, batch.lengths)
+            _join_strays(modes, lengths)
         groups = []
         for mode in np.unique(modes).tolist():
-            groups.append(self._group(batch, modes == mode, mode, target, base))
+            chosen = modes == mode
+            here = _select(target, lengths, chosen)
+            there = None if base is None else _select(base, lengths, chosen)
+            groups.append(self._group(kind, mode, pages[chosen], lengths[chosen], here, there))
         return groups, len(target)
 
     def _group(
-        self, batch: Batch, chosen: np.ndarray, mode: int, target: np.ndarray,
-        base: np.ndarray | None,
+        self, kind: ElementKind, mode: int, pages: np.ndarray, lengths: np.ndarray,
+        target: np.ndarray, base: np.ndarray | None,
     ) -> tuple[PageGroup, bytes]:  # fmt: skip
-        kind = element_kind(batch.ggml_type)
-        if not chosen.all():
-            target = _select(target, batch.lengths, chosen)
-            base = None if base is None else _select(base, batch.lengths, chosen)
-        lengths = batch.lengths[chosen]
         symmetric = self.directions == BOTH
         streams = encode(kind, mode, target, base, lengths, symmetric=symmetric)
         n_edits = len(streams[-1]) if mode == SPARSE else 0
-        pages = batch.pages[chosen]
-        group = PageGroup(batch.ggml_type, mode, self.directions, pages, len(target), n_edits)
+        group = PageGroup(kind.ggml_type, mode, self.directions, pages, len(target), n_edits)
         return group, render_group(group, compress_streams(streams, self.level))
 
 
@@ -167,6 +160,8 @@ def _join_strays(modes: np.ndarray, lengths: np.ndarray) -> None:
 
 def _select(data: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """The bytes of some of the pages that lie one behind the other."""
+    if chosen.all():
+        return data
     ends = np.cumsum(lengths)
     begins = ends - lengths
     return np.concatenate([data[begins[i] : ends[i]] for i in np.flatnonzero(chosen).tolist()])
