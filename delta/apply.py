@@ -19,7 +19,6 @@ from delta.page_grid import Run
 from delta.page_sink import PageSink, TargetBuilder
 from delta.patch_file import PatchReader
 from delta.source_model import SourceModel, open_source
-from forge.buffers import read_buffer
 from forge.core_file import read_fully
 from forge.errors import GGUFShardError
 from forge.gguf_file import part_paths
@@ -48,11 +47,9 @@ class FileSink(PageSink):
     def put(self, run: Run, first_page: int, data: np.ndarray) -> None:
         self._files[run.part].write(data, run.span(first_page, 1)[0])
 
-    def read(self, part: int, offset: int, n_bytes: int) -> np.ndarray:
-        data = read_buffer(offset, n_bytes)
+    def read_into(self, part: int, offset: int, buffer: np.ndarray) -> None:
         file = self._files[part]
-        read_fully(file.fileno(), data.data, offset, file.pending)
-        return data
+        read_fully(file.fileno(), buffer.data, offset, file.pending)
 
 
 def bind(patch: PatchReader, base: SourceModel, reverse: bool, progress: bool) -> BoundPatch:

@@ -70,13 +70,13 @@ class JournalSink(PageSink):
     def put(self, run: Run, first_page: int, data: np.ndarray) -> None:
         self._journal.record(run.part, run.span(first_page, 1)[0], data)
 
-    def read(self, part: int, offset: int, n_bytes: int) -> np.ndarray:
-        data = np.zeros(n_bytes, np.uint8)
+    def read_into(self, part: int, offset: int, buffer: np.ndarray) -> None:
+        there = 0
         if self.has_base:
-            there = min(max(self._base.sizes[part] - offset, 0), n_bytes)
-            data[:there] = self._base.read(part, offset, there)
-        self._journal.overlay(part, offset, data)
-        return data
+            there = min(max(self._base.sizes[part] - offset, 0), len(buffer))
+            self._base.read_into(part, offset, buffer[:there])
+        buffer[there:] = 0
+        self._journal.overlay(part, offset, buffer)
 
 
 def keeps_places(bound: BoundPatch) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from delta.source_model import SourceModel
+from forge.buffers import ReadBuffer
 
 _MOST_WAITING = 8  # pieces of what was read
 _PIECE_BYTES = 1 << 20
@@ -40,6 +41,7 @@ class HashedReads(SourceModel):
         self._digests = [hashlib.sha256() for _ in model.names]
         self._done = [0] * len(model.names)
         self._hasher = ThreadPoolExecutor(1)
+        self._buffer = ReadBuffer(_PIECE_BYTES)
         self._waiting: deque[Future[None]] = deque()
 
     def read_into(self, part: int, offset: int, buffer: np.ndarray) -> None:
@@ -79,6 +81,7 @@ class HashedReads(SourceModel):
     def _read_up_to(self, part: int, end: int) -> None:
         while self._done[part] < end:
             n_bytes = min(_PIECE_BYTES, end - self._done[part])
-            data = self._model.read(part, self._done[part], n_bytes)
+            data = self._buffer.at(self._done[part], n_bytes)
+            self._model.read_into(part, self._done[part], data)
             self._digests[part].update(data.data)
             self._done[part] += n_bytes

@@ -22,6 +22,7 @@ import numpy as np
 from delta.bound_patch import COPIED, KEPT, BoundPatch
 from delta.compare import chunks, read_pages
 from delta.page_grid import Run, n_paired, stretches
+from forge.buffers import ReadBuffer, read_buffer
 from forge.errors import GGUFShardError
 from forge.info import printable
 from forge.pipeline import in_order
@@ -48,8 +49,14 @@ class PageSink(ABC):
         """Take bytes of consecutive pages of a run."""
 
     @abstractmethod
+    def read_into(self, part: int, offset: int, buffer: np.ndarray) -> None:
+        """Fill a contiguous uint8 array with bytes of a file as they will be."""
+
     def read(self, part: int, offset: int, n_bytes: int) -> np.ndarray:
         """Bytes of a file as they will be, uint8 [n_bytes]."""
+        buffer = read_buffer(offset, n_bytes)
+        self.read_into(part, offset, buffer)
+        return buffer
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,8 @@ class _Digests:
     def __init__(self, builder: TargetBuilder, hasher: ThreadPoolExecutor) -> None:
         self._files = builder.bound.files
         self._patch = builder.bound.patch.path
-        self._read = builder.sink.read
+        self._read_into = builder.sink.read_into
+        self._buffer = ReadBuffer(_HASH_CHUNK)
         self._advance = builder.advance
         self._hasher = hasher
         self._digests = [hashlib.sha256() for _ in self._files]
@@ -193,5 +201,7 @@ class _Digests:
     def _hash(self, part: int, begin: int, end: int) -> None:
         for offset in range(begin, end, _HASH_CHUNK):
             n_bytes = min(_HASH_CHUNK, end - offset)
-            self._digests[part].update(self._read(part, offset, n_bytes).data)
+            data = self._buffer.at(offset, n_bytes)
+            self._read_into(part, offset, data)
+            self._digests[part].update(data.data)
             self._advance(n_bytes)

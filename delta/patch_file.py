@@ -28,6 +28,7 @@ from delta.page_grid import MAX_RUNS
 from delta.patch_plan import MAX_PAGES, PatchPlan, parse_plan, render_plan
 from forge.core_file import read_fully
 from forge.errors import GGUFShardError
+from forge.input_file import open_input
 from forge.pages import PAGE_BYTES
 
 MAGIC = b"SGPATCH\0"
@@ -177,7 +178,7 @@ class PatchReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+            self._file = open_input(self.path)
         except OSError as error:
             raise GGUFShardError(f"{self.path}: {error.strerror}") from None
         try:

@@ -8,9 +8,11 @@ is built beside the model and sharded anew.
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from forge.gguf_file import part_paths
 from forge.journal import JournalWriter, finish_journal
 from forge.page_plan import plan_pages
 from forge.pages import PAGE_BYTES, pack_blocks, pack_raw
+from forge.pending_file import take_lock
 from forge.progress import progress_bar
 from forge.sgmap import ShardMap, SourcePart, TensorEntry, render_map
 from forge.sgmap_reader import parse_map
@@ -109,8 +112,8 @@ class _PagesSink(PageSink):
             crcs = pack_blocks(blocks, block_layout(run.ggml_type, self._layout), pages)
         self._record(place + first_page, pages, crcs)
 
-    def read(self, part: int, offset: int, n_bytes: int) -> np.ndarray:
-        return self._source.read(part, offset, n_bytes)
+    def read_into(self, part: int, offset: int, buffer: np.ndarray) -> None:
+        buffer[:] = self._source.read(part, offset, len(buffer))
 
     def _record(self, first: int, pages: np.ndarray, crcs: np.ndarray) -> None:
         shift = self._future.map.shard_shift
@@ -190,7 +193,11 @@ class ShardedUpdate:
             (old.map_path.name, self._n_map_bytes),
         ]
         self._journal = JournalWriter(old.map_path, files, room + self._n_map_bytes)
-        self._future = _FuturePages(old, self._journal, shard_map)
+        try:
+            self._future = _FuturePages(old, self._journal, shard_map)
+        except BaseException:
+            self._journal.__exit__()
+            raise
 
     @classmethod
     def plan(cls, bound: BoundPatch, old: ShardedModel) -> ShardedUpdate | None:
@@ -277,10 +284,7 @@ def reshard(bound: BoundPatch, old: ShardedModel, progress: bool = False) -> Non
             f"{old.map_path}: the patch adds or removes pages: only a model called core.sgmap can "
             "be sharded anew"
         )
-    scratch = old.map_path.with_name("core.target.sgnew")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
+    with _scratch_folder(old.map_path.with_name("core.target.sgnew")) as scratch:
         first = scratch / Path(bound.files[0].name)
         paths = part_paths(first, len(bound.files))
         write_target(bound, paths, False, progress)
@@ -291,5 +295,20 @@ def reshard(bound: BoundPatch, old: ShardedModel, progress: bool = False) -> Non
             old.map.pages_per_shard,
         )  # fmt: skip
         shard_model(first, folder, options, force=True, progress=progress)
+
+
+@contextmanager
+def _scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder, empty and under a lock; gone afterwards, and with it what a dead process left."""
+    path.mkdir(exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        take_lock(descriptor, path)
+        try:
+            for left in path.iterdir():
+                left.unlink()
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(descriptor)

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from forge.buffers import read_buffer
+from forge.buffers import ReadBuffer, read_buffer
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader, read_model
 from forge.pending_file import is_at
+from forge.pipeline import in_order
 from forge.sgmap_reader import load_map
 from forge.sharded_model import ShardedModel
 from forge.source_bytes import SourceBytes
@@ -113,12 +114,10 @@ class PlainModel(SourceModel):
         self.files[part].read_into(offset, buffer)
 
     def sha256(self, advance: Callable[[int], None] = lambda n_bytes: None) -> tuple[str, ...]:
-        def chunks(part: int) -> str:
-            return hash_stream(
-                lambda offset, n_bytes: self.read(part, offset, n_bytes), self.sizes[part], advance
-            )
-
-        return tuple(chunks(part) for part in range(len(self.files)))
+        return tuple(
+            _hash_file(file, n_bytes, advance)
+            for file, n_bytes in zip(self.files, self.sizes, strict=True)
+        )
 
     def files_on_disk(self) -> list[Path]:
         return [Path(header.name) for header in self.headers]
@@ -199,32 +198,21 @@ def open_source(path: str | os.PathLike[str]) -> SourceModel:
         raise
 
 
-def hash_stream(
-    read: Callable[[int, int], np.ndarray],
-    n_bytes: int,
-    advance: Callable[[int], None] = lambda n_bytes: None,
-) -> str:
-    """SHA-256 of `n_bytes` bytes, hexadecimal; the next piece is read while one is hashed.
-
-    Parameters
-    ----------
-    read
-        From offset and length to the bytes there, uint8; called in order.
-    n_bytes
-        How many there are.
-    advance
-        Called with the bytes done.
-    """
+def _hash_file(file: SourceFile, n_bytes: int, advance: Callable[[int], None]) -> str:
+    """SHA-256 of a file, hexadecimal; the next piece is read while one is hashed."""
     digest = hashlib.sha256()
+    buffers = [ReadBuffer(_HASH_CHUNK) for _ in range(2)]
+
+    def read(offset: int) -> np.ndarray:
+        buffer = buffers[offset // _HASH_CHUNK % 2]
+        data = buffer.at(offset, min(_HASH_CHUNK, n_bytes - offset))
+        file.read_into(offset, data)
+        return data
+
     with ThreadPoolExecutor(1) as reader:
-        ahead = None
-        for offset in range(0, n_bytes + _HASH_CHUNK, _HASH_CHUNK):
-            data = None if ahead is None else ahead.result()
-            size = min(_HASH_CHUNK, n_bytes - offset)
-            ahead = reader.submit(read, offset, size) if size > 0 else None
-            if data is not None:
-                digest.update(data.data)
-                advance(len(data))
+        for data in in_order(reader, read, range(0, n_bytes, _HASH_CHUNK), len(buffers)):
+            digest.update(data.data)
+            advance(len(data))
     return digest.hexdigest()
 
 

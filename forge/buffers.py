@@ -17,8 +17,30 @@ _LARGE = 1 << 15  # below it the call costs more than the copy
 _ALIGNMENT = 64
 
 
+class ReadBuffer:
+    """Memory that is read into again and again, by one thread.
+
+    New memory has to be mapped and cleared page by page, which takes as long as the copy.
+
+    Parameters
+    ----------
+    n_bytes
+        The largest read.
+    """
+
+    def __init__(self, n_bytes: int) -> None:
+        self._memory = np.empty(n_bytes + PAGE_BYTES, np.uint8)
+
+    def at(self, offset: int, n_bytes: int) -> np.ndarray:
+        """Where to read what lies from byte `offset` of a file on, uint8 [n_bytes], aligned to 8
+        bytes; what was read before is lost."""
+        wanted = (offset + PAGE_BYTES // 2) // _ALIGNMENT * _ALIGNMENT
+        begin = (wanted - self._memory.ctypes.data) % PAGE_BYTES
+        return self._memory[begin : begin + n_bytes]
+
+
 def read_buffer(offset: int, n_bytes: int) -> np.ndarray:
-    """Memory for what lies from byte `offset` of a file on, uint8 [n_bytes], aligned to 8 bytes.
+    """New memory to read into from byte `offset` of a file on, uint8 [n_bytes], aligned to 8 bytes.
 
     Examples
     --------
@@ -28,7 +50,4 @@ def read_buffer(offset: int, n_bytes: int) -> np.ndarray:
     """
     if n_bytes < _LARGE:
         return np.empty(n_bytes, np.uint8)
-    memory = np.empty(n_bytes + PAGE_BYTES, np.uint8)
-    wanted = (offset + PAGE_BYTES // 2) // _ALIGNMENT * _ALIGNMENT
-    begin = (wanted - memory.ctypes.data) % PAGE_BYTES
-    return memory[begin : begin + n_bytes]
+    return ReadBuffer(n_bytes).at(offset, n_bytes)
