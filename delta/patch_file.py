@@ -26,9 +26,8 @@ from delta.page_coding import (
 )
 from delta.page_grid import MAX_RUNS
 from delta.patch_plan import MAX_PAGES, PatchPlan, parse_plan, render_plan
-from forge.core_file import read_fully
 from forge.errors import GGUFShardError
-from forge.input_file import open_input
+from forge.input_file import open_input, read_fully
 from forge.pages import PAGE_BYTES
 
 MAGIC = b"SGPATCH\0"

@@ -22,9 +22,11 @@ def print_json(value: Any) -> None:
 
 
 def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    # A file's name may hold what a terminal would obey.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def run_command(args: argparse.Namespace) -> int:

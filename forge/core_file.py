@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType
 
 from forge.buffers import read_buffer
 from forge.errors import GGUFShardError
+from forge.input_file import open_input, read_fully
 from forge.pages import PAGE_BYTES
 
 _STRING, _UINT32 = 8, 4
@@ -75,27 +76,6 @@ def crc_table_digest(page_crc32: np.ndarray) -> str:
     return str(xxhash.xxh3_128_hexdigest(page_crc32.astype("<u4").tobytes()))
 
 
-def read_fully(descriptor: int, buffer: memoryview, offset: int, path: object) -> None:
-    """Fill `buffer` from byte `offset` of an open file.
-
-    Raises
-    ------
-    GGUFShardError
-        If the file ends first or cannot be read.
-    """
-    done = 0
-    while done < len(buffer):
-        try:
-            n = os.preadv(descriptor, [buffer[done:]], offset + done)
-        except OSError as error:
-            raise GGUFShardError(f"{path}: offset {offset + done}: {error.strerror}") from None
-        if n == 0:
-            raise GGUFShardError(
-                f"{path}: offset {offset + done}: the file ends, {len(buffer) - done} bytes short"
-            )
-        done += n
-
-
 class CoreFile:
     """An open `core.gguf`, read by page.
 
@@ -116,7 +96,7 @@ class CoreFile:
         self.path = Path(path)
         self.n_pages = n_pages
         try:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+            self._file = open_input(self.path)
         except OSError as error:
             raise GGUFShardError(f"{self.path}: {error.strerror}") from None
         size = os.fstat(self._file.fileno()).st_size

@@ -8,12 +8,11 @@ the file, the offset and the field.
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from forge.errors import GGUFShardError
+from forge.input_file import Identity, identity, open_input, read_fully
 from forge.pending_file import journal_path
 
 MAGIC = b"GGUF"
@@ -29,6 +29,11 @@ MAX_ALIGNMENT = 1 << 20
 MAX_KEY_BYTES = 65535
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME less its terminator
 MAX_DIMS = 4
+# Far beyond any model, and little work for a file that lies.
+MAX_HEADER_BYTES = 64 << 20
+_HEADER_READS = (1 << 20, 8 << 20, MAX_HEADER_BYTES)
+_MOST_ITEMS = 1 << 15  # key-values, and tensors
+_MOST_STRINGS = 1 << 20  # of one array
 _SMALLEST_KEY_VALUE = 8 + 1 + 4 + 1
 _SMALLEST_TENSOR_INFO = 8 + 1 + 4 + 8 + 4 + 8
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -73,6 +78,9 @@ class GGUFHeader:
         not UTF-8 keep their bytes as surrogate escapes.
     header_bytes
         End of the tensor infos; `data_offset` is that, aligned.
+    identity
+        Which state of which file it was read from (`forge.input_file.identity`); None if it was
+        not read from a file.
     """
 
     name: str
@@ -83,6 +91,7 @@ class GGUFHeader:
     tensors: tuple[TensorInfo, ...]
     header_bytes: int
     data_offset: int
+    identity: Identity | None = field(default=None, compare=False, repr=False)
 
 
 def _shown(value: Any) -> str:
@@ -98,10 +107,11 @@ class _Cursor:
         self.data = data
         self.name = name
         self.offset = 0
+        self.end = min(len(data), MAX_HEADER_BYTES)
 
     @property
     def remaining(self) -> int:
-        return len(self.data) - self.offset
+        return self.end - self.offset
 
     def fail(self, field: str, reason: str) -> GGUFShardError:
         return GGUFShardError(f"{self.name}: offset {self.offset}: {field}: {reason}")
@@ -119,12 +129,14 @@ class _Cursor:
     def u64(self, field: str) -> int:
         return int.from_bytes(self.take(8, field), "little")
 
-    def count(self, field: str, smallest: int) -> int:
+    def count(self, field: str, smallest: int, most: int = MAX_HEADER_BYTES) -> int:
         """A number of items of at least `smallest` bytes each, which must still fit."""
         value = self.u64(field)
         if value * smallest > self.remaining:
             self.offset -= 8
             raise self.fail(field, f"{value} do not fit in the {self.remaining - 8} bytes left")
+        if value > most:
+            raise self.fail(field, f"{value} are more than the {most} that are supported")
         return value
 
     def string(self, field: str, longest: int | None = None) -> str:
@@ -136,7 +148,7 @@ class _Cursor:
 
     def strings(self, count: int, field: str) -> list[str]:
         # The hot loop of a vocabulary of 250,000 pieces: one slice and one unpack a piece.
-        data, offset, end = self.data, self.offset, len(self.data)
+        data, offset, end = self.data, self.offset, self.end
         unpack = struct.Struct("<Q").unpack_from
         items = []
         for i in range(count):
@@ -170,7 +182,7 @@ def _read_value(cursor: _Cursor, kind: int, field: str) -> Any:
         raise cursor.fail(field, f"value type {kind} is unknown")
     item_kind = cursor.u32(f"{field} item type")
     if item_kind == _STRING:
-        return cursor.strings(cursor.count(f"{field} length", 8), field)
+        return cursor.strings(cursor.count(f"{field} length", 8, _MOST_STRINGS), field)
     if item_kind not in _SCALARS:
         reason = "nested arrays are not supported" if item_kind == _ARRAY else "unknown"
         raise cursor.fail(field, f"array item type {item_kind}: {reason}")
@@ -288,8 +300,8 @@ def parse_header(data: Any, name: str, file_bytes: int | None = None) -> GGUFHea
         big_endian = version and version & 0xFFFF == 0
         reason = "big-endian files are not supported" if big_endian else "only 2 and 3 are"
         raise GGUFShardError(f"{name}: offset 4: version: {version:#x} is not supported: {reason}")
-    n_tensors = cursor.count("n_tensors", _SMALLEST_TENSOR_INFO)
-    n_kv = cursor.count("n_kv", _SMALLEST_KEY_VALUE)
+    n_tensors = cursor.count("n_tensors", _SMALLEST_TENSOR_INFO, _MOST_ITEMS)
+    n_kv = cursor.count("n_kv", _SMALLEST_KEY_VALUE, _MOST_ITEMS)
     metadata = _read_metadata(cursor, n_kv)
     alignment = _alignment(cursor, metadata)
     infos = [_read_tensor_info(cursor, i) for i in range(n_tensors)]
@@ -307,7 +319,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFHeader:
     Raises
     ------
     GGUFShardError
-        If the file is not a GGUF file that can be read here, or an update in place of it was
+        If it is not a GGUF file that can be read here, or an update in place of it was
         interrupted: it may be half old and half new then.
     OSError
         If it cannot be opened.
@@ -317,12 +329,25 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFHeader:
             f"{path}: an update in place was interrupted; `gguf-shard apply --in-place` with any "
             f"patch, or `gguf-shard apply --resume {path}`, finishes it"
         )
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
+    with open_input(path) as file:
+        found = identity(file.fileno())
+        if found.bytes == 0:
             raise GGUFShardError(f"{path}: offset 0: magic: the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return parse_header(data, str(path))
+        header = _read_header(file.fileno(), str(path), found.bytes)
+    return replace(header, identity=found)
+
+
+def _read_header(descriptor: int, path: str, file_bytes: int) -> GGUFHeader:
+    """Parse the start of a file; more and more of it, as headers seldom have a MiB."""
+    for most in _HEADER_READS:
+        data = bytearray(min(most, file_bytes))
+        read_fully(descriptor, memoryview(data), 0, path)
+        try:
+            return parse_header(data, path, file_bytes)
+        except GGUFShardError:
+            if len(data) == min(MAX_HEADER_BYTES, file_bytes):
+                raise
+    raise AssertionError  # the last read is of all that counts
 
 
 def read_model(path: str | os.PathLike[str]) -> list[GGUFHeader]:

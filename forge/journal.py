@@ -35,9 +35,9 @@ import numpy as np
 import xxhash
 
 from forge.byte_ranges import ByteRanges
-from forge.core_file import read_fully
 from forge.errors import GGUFShardError
 from forge.gguf_file import is_later_part
+from forge.input_file import read_fully
 from forge.journal_file import MAX_SAMPLE_BYTES, JournalFile, Target, head_bytes, tail_bytes
 from forge.pending_file import (
     PendingFile,

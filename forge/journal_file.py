@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from forge.core_file import read_fully
 from forge.errors import GGUFShardError
+from forge.input_file import read_fully
 
 _MAGIC = b"SGJOURNL"
 _VERSION = 1

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,8 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # which does not know of what
+        raise OSError(error.errno, error.strerror, str(folder)) from None
     finally:
         os.close(descriptor)
 
@@ -52,6 +54,23 @@ def is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def take_lock(descriptor: int, path: Path) -> None:
+    """Lock an open file, or a folder, until it is closed.
+
+    Raises
+    ------
+    GGUFShardError
+        If another process has the lock, or has moved the file since it was opened.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = is_at(descriptor, path)
+    except OSError:
+        is_ours = False
+    if not is_ours:
+        raise GGUFShardError(f"{path}: another process is writing it")
 
 
 def finish_pending(descriptor: int, path: Path) -> None:
@@ -133,7 +152,11 @@ class PendingFile:
             raise GGUFShardError(f"{self.pending}: {error.strerror}") from None
         self._open = True
         self._keep = False
-        self._lock()
+        try:
+            take_lock(self._descriptor, self.pending)
+        except GGUFShardError:
+            self._close()
+            raise
         try:
             os.ftruncate(self._descriptor, 0)
             os.ftruncate(self._descriptor, n_bytes)
@@ -151,17 +174,6 @@ class PendingFile:
     def fileno(self) -> int:
         """The descriptor of the file as it is being written, open for reading, too."""
         return self._descriptor
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The writer before us may have moved the file between our opening and our lock.
-            locked = is_at(self._descriptor, self.pending)
-        except OSError:
-            locked = False
-        if not locked:
-            self._close()
-            raise GGUFShardError(f"{self.pending}: another process is writing it")
 
     def write(self, data: bytes | np.ndarray, offset: int) -> None:
         """Write all of `data` at byte `offset`.
@@ -188,9 +200,13 @@ class PendingFile:
         self._close()
 
     def _discard(self) -> None:
-        if not self._keep and is_at(self._descriptor, self.pending):
-            self.pending.unlink()
-        self._close()
+        try:
+            if not self._keep and is_at(self._descriptor, self.pending):
+                self.pending.unlink()
+        except OSError:
+            pass  # it counts for nothing, and the next writer takes it over
+        finally:
+            self._close()  # which gives up the lock
 
     def _close(self) -> None:
         self._open = False
@@ -200,14 +216,25 @@ class PendingFile:
 @contextmanager
 def flushed_early(files: Sequence[PendingFile]) -> Iterator[None]:
     """Within this context what is written to the files goes to the disk as it comes, on a thread of
-    its own, so that `commit` has little left to wait for."""
+    its own, so that `commit` has little left to wait for.
+
+    Raises
+    ------
+    GGUFShardError
+        At its end, if the disk refused.
+    """
     stop = threading.Event()
+    refusals = []
 
     def flush() -> None:
         while not stop.wait(_FLUSH_SECONDS):
             for file in files:
-                with suppress(OSError):  # `commit` will meet it again, and say so
+                try:
                     os.fdatasync(file.fileno())
+                except OSError as error:
+                    # The system tells it once: `commit` would hear nothing of what is lost.
+                    refusals.append(f"{file.path}: fdatasync: {error.strerror}")
+                    return
 
     thread = threading.Thread(target=flush, daemon=True)
     thread.start()
@@ -216,6 +243,8 @@ def flushed_early(files: Sequence[PendingFile]) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+    if refusals:
+        raise GGUFShardError(refusals[0])
 
 
 def commit_together(first: PendingFile, *others: PendingFile) -> None:

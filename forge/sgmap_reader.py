@@ -7,9 +7,11 @@ belong to two, and even the spacing must be as written. So no single flipped bit
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from gguf import GGMLQuantizationType
 from forge.block_layouts import MEMORY_LAYOUTS
 from forge.crc32 import CONTENT_BYTES
 from forge.errors import GGUFShardError
+from forge.input_file import open_input
 from forge.page_plan import MAX_PAGES_PER_SHARD, ZONES
 from forge.pages import PAGE_BYTES
 from forge.sgmap import (
@@ -37,8 +40,13 @@ from forge.sgmap import (
 )
 
 MAX_MAP_BYTES = 64 << 20
+# Of which each takes dozens of bytes when parsed: more than the largest map holds of them.
+_MOST_CONTAINERS = 1 << 18
+_MOST_VALUES = 1 << 22
 _MAX_INT = 1 << 62
 _SHOWN_TEXT = 80
+# Surrogates but those that stand for bytes that are not UTF-8.
+_NO_TEXT = r"\ud800-\udc7f\udd00-\udfff"
 
 
 def _shown(value: Any) -> str:
@@ -91,10 +99,13 @@ def _parse_json(data: bytes, path: object) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         members = dict(pairs)
         if len(members) != len(pairs):
-            twice = next(key for key, _ in pairs if sum(k == key for k, _ in pairs) > 1)
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise GGUFShardError(f"{path}: field {_shown(twice)}: is given twice")
         return members
 
+    for characters, most in (((b"[", b"{"), _MOST_CONTAINERS), ((b",",), _MOST_VALUES)):
+        if sum(map(data.count, characters)) > most:
+            raise GGUFShardError(f"{path}: more lists, objects or values than a map has")
     try:
         return json.loads(data.decode("ascii"), object_pairs_hook=unique)
     except UnicodeDecodeError as error:
@@ -117,7 +128,7 @@ def load_map(path: str | os.PathLike[str]) -> ShardMap:
         message names the field.
     """
     try:
-        with open(path, "rb") as file:
+        with io.BufferedReader(open_input(path)) as file:
             data = file.read(MAX_MAP_BYTES + 1)
     except OSError as error:
         raise GGUFShardError(f"{path}: {error.strerror}") from None
@@ -199,7 +210,7 @@ def _build_source(read: _Reader, value: Any) -> tuple[SourcePart, ...]:
         field = f"source[{i}]"
         name, n_bytes, sha256 = read.members(item, field, ("name", "bytes", "sha256"))
         # A bare file name: a map must not lead a program out of the folder it writes to.
-        read.text(name, f"{field}.name", r"[^/\\\x00]{1,255}")
+        read.text(name, f"{field}.name", rf"[^/\\\x00{_NO_TEXT}]{{1,255}}")
         if name in (".", ".."):
             raise read.fail(f"{field}.name", f"{name!r} is no file name")
         read.text(sha256, f"{field}.sha256", "[0-9a-f]{64}")
@@ -239,7 +250,7 @@ def _build_tensor(read: _Reader, item: Any, field: str, n_parts: int, n_pages: i
         field,
         ("name", "ggml_type", "shape", "blocks_per_page", "part", "offset", "slices"),
     )
-    read.text(name, f"{field}.name", ".{1,63}")
+    read.text(name, f"{field}.name", f"[^{_NO_TEXT}]{{1,63}}")
     read.choice(type_name, f"{field}.ggml_type", [t.name for t in GGMLQuantizationType])
     extents = tuple(
         read.integer(e, f"{field}.shape", 1) for e in read.items(shape, f"{field}.shape")

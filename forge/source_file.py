@@ -1,19 +1,18 @@
 """A GGUF file that is read while nobody may change it.
 
-Size and time of the last change are noted at the start and compared at the end: what was read in
-between is then one state of the file, not a mixture of two.
+Which file it is, its size and the time of its last change are noted when the header is read, and
+compared when it is opened again and at the end: what was read in between is then one state of one
+file, not a mixture of two.
 """
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
 from forge.buffers import read_buffer
-from forge.core_file import read_fully
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader
+from forge.input_file import identity, open_input, read_fully
 
 
 class SourceFile:
@@ -32,15 +31,15 @@ class SourceFile:
     Raises
     ------
     GGUFShardError
-        If the file has another size than the header says.
+        If it is not the file that the header was read from, or has been changed since.
     OSError
         If it cannot be opened.
     """
 
     def __init__(self, header: GGUFHeader) -> None:
         self.header = header
-        self._file = open(header.name, "rb", buffering=0)  # noqa: SIM115 - closed by close()
-        self._before = os.fstat(self._file.fileno())
+        self._file = open_input(header.name)
+        self._before = header.identity or identity(self._file.fileno())
         try:
             self.check_unchanged()
         except GGUFShardError:
@@ -79,7 +78,6 @@ class SourceFile:
 
     def check_unchanged(self) -> None:
         """Raise GGUFShardError if the file has been changed since it was opened."""
-        now = os.fstat(self.fileno())
-        same = (now.st_size, now.st_mtime_ns) == (self._before.st_size, self._before.st_mtime_ns)
-        if not same or now.st_size != self.header.file_bytes:
+        now = identity(self.fileno())
+        if now != self._before or now.bytes != self.header.file_bytes:
             raise GGUFShardError(f"{self.header.name}: changed while it was read")

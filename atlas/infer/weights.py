@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,41 @@ _EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 def execution_order(shard_map: ShardMap, config: LlamaConfig) -> list[str]:
     """Matrices in the order in which every pass multiplies by them; GGUFShardError if one is
-    missing."""
-    names = {tensor.name for tensor in shard_map.tensors}
+    missing, or its rows are not as long as the hyperparameters say."""
+    widths = {tensor.name: tensor.shape[0] for tensor in shard_map.tensors}
+    n_columns = {stem: shape[1] for stem, shape in _matrix_shapes(config).items()}
+    n_columns |= {EMBEDDING: config.n_embd, OUTPUT: config.n_embd}
     per_layer = (*_ATTENTION, *_DENSE)
     if config.n_expert:
         # Of many experts a pass reads some, of a single one all; the router it always reads.
         per_layer = (*_ATTENTION, _ROUTER, *(_EXPERTS if config.n_expert == 1 else ()))
-    order = [f"blk.{i}.{stem}.weight" for i in range(config.n_layer) for stem in per_layer]
-    order.append(OUTPUT if OUTPUT in names else EMBEDDING)
-    for name in (*order, EMBEDDING):
-        if name not in names:
+    last = OUTPUT if OUTPUT in widths else EMBEDDING
+    layers = ((f"blk.{i}.{stem}.weight", stem) for i in range(config.n_layer) for stem in per_layer)
+    order = []
+    # One by one: a header may claim billions of layers, or columns.
+    for name, stem in chain([(EMBEDDING, EMBEDDING)], layers, [(last, last)]):
+        if name not in widths:
             raise GGUFShardError(f"tensor {name!r}: the model has none of this name")
-    return order
+        if widths[name] != n_columns[stem]:
+            reason = f"has {widths[name]} columns, not {n_columns[stem]}"
+            raise GGUFShardError(f"tensor {name!r}: {reason}")
+        order.append(name)
+    return order[1:]
+
+
+def _matrix_shapes(c: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Rows and columns of a layer's matrices."""
+    shapes = {
+        "attn_q": (c.n_head * c.head_dim, c.n_embd),
+        "attn_k": (c.n_embd_kv, c.n_embd),
+        "attn_v": (c.n_embd_kv, c.n_embd),
+        "attn_output": (c.n_embd, c.n_head * c.head_dim),
+        "ffn_gate": (c.n_ff, c.n_embd),
+        "ffn_up": (c.n_ff, c.n_embd),
+        "ffn_down": (c.n_embd, c.n_ff),
+        _ROUTER: (c.n_expert, c.n_embd),
+    }
+    return shapes | {f"{name}_exps": shapes[name] for name in _DENSE}
 
 
 class Weights:
@@ -61,25 +85,14 @@ class Weights:
         self.atlas = atlas
         self.config = config
         self.scratch = scratch
-        c = config
-        shapes = {
-            "attn_q": (c.n_head * c.head_dim, c.n_embd),
-            "attn_k": (c.n_embd_kv, c.n_embd),
-            "attn_v": (c.n_embd_kv, c.n_embd),
-            "attn_output": (c.n_embd, c.n_head * c.head_dim),
-            "ffn_gate": (c.n_ff, c.n_embd),
-            "ffn_up": (c.n_ff, c.n_embd),
-            "ffn_down": (c.n_embd, c.n_ff),
-        }
-        self._shapes = shapes | {f"{name}_exps": shapes[name] for name in _DENSE}
-        self._shapes[_ROUTER] = (c.n_expert, c.n_embd)
+        self._shapes = _matrix_shapes(config)
         self._vectors: dict[str, Any] = {}
-        self.embedding = self._matrix(EMBEDDING, (None, c.n_embd))
+        self.embedding = self._matrix(EMBEDDING, (None, config.n_embd))
         self.n_vocab = self.embedding.n_rows
         output = OUTPUT if OUTPUT in atlas.shards.tensors else EMBEDDING
-        self.output = self._matrix(output, (self.n_vocab, c.n_embd))
-        self.output_norm = self._vector("output_norm.weight", c.n_embd)
-        self.layers = [self._layer(i) for i in range(c.n_layer)]
+        self.output = self._matrix(output, (self.n_vocab, config.n_embd))
+        self.output_norm = self._vector("output_norm.weight", config.n_embd)
+        self.layers = [self._layer(i) for i in range(config.n_layer)]
 
     def _layer(self, number: int) -> dict[str, Any]:
         prefix = f"blk.{number}."

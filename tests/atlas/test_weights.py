@@ -124,3 +124,14 @@ def test_vectors_are_read_again_where_they_are(weights: tuple[Weights, NaiveLlam
     for name, vector in vectors.items():
         np.testing.assert_array_equal(vector, naive.tensors[name])
     assert target.peak_bytes == target.allocated_bytes
+
+
+def test_absurd_hyperparameters_have_no_order(tmp_path: Path) -> None:
+    """Nothing of the size that they claim is made."""
+    _, path = shard_llama(tmp_path, LlamaShape())
+    with ShardedModel(path) as model:
+        config = LlamaConfig.from_metadata(model.source_header().metadata)
+        for field, says in (("n_layer", "blk.2.attn_q.weight"), ("n_embd", "token_embd.weight"),
+                            ("n_ff", "blk.0.ffn_down.weight")):  # fmt: skip
+            with pytest.raises(GGUFShardError, match=says):
+                execution_order(model.map, replace(config, **{field: 1 << 30}))

@@ -366,3 +366,21 @@ def test_malformed_split_numbers(pairs: list[bytes], reason: str, tmp_path: Path
     first.write_bytes(factory.gguf(parts_of(1)[0], [count, *pairs]))
     with pytest.raises(GGUFShardError, match=reason):
         read_model(first)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (factory.header([], [], n_pairs=(1 << 15) + 1) + bytes(1 << 19), "n_kv: 32769 are more"),
+        (factory.header([], [], n_tensors=(1 << 15) + 1) + bytes(1 << 21), "n_tensors: 32769 are"),
+        (factory.header([factory.array("x", factory.STRING, [], (1 << 20) + 1)], [])
+         + bytes(1 << 24), "'x' length: 1048577 are more"),
+        (factory.header([factory.array("x", factory.U8, [], 1 << 26)], []) + bytes(65 << 20),
+         "do not fit"),
+    ],
+    ids=["keys", "tensors", "strings", "a header of 64 MiB"],
+)  # fmt: skip
+def test_more_than_any_model_has(data: bytes, says: str) -> None:
+    """Though the file is as large as it says."""
+    with pytest.raises(GGUFShardError, match=says):
+        parse_header(data, "model.gguf")

@@ -366,3 +366,18 @@ def maps(draw: st.DrawFn) -> ShardMap:
 @given(maps())
 def test_any_map_comes_back(m: ShardMap) -> None:
     assert parse_map(render_map(m), "core.sgmap") == m
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"[" + b"[]," * (1 << 18) + b"0]", "more lists, objects or values"),
+        (b"[" + b"{}," * (1 << 18) + b"0]", "more lists, objects or values"),
+        (b"[" + b"0," * ((1 << 22) + 1) + b"0]", "more lists, objects or values"),
+        (b"{" + b"".join(b'"%x": 0, ' % i for i in range(50_000)) + b'"a": 0, "f": 1}', "twice"),
+    ],
+    ids=["lists", "objects", "values", "keys, the last one twice"],
+)
+def test_bulk_is_refused_before_it_is_parsed(data: bytes, says: str) -> None:
+    with pytest.raises(GGUFShardError, match=says):
+        parse_map(data, "core.sgmap")

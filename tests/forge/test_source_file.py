@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +48,18 @@ def test_changes_are_found(model: Path) -> None:
         os.utime(model, ns=(1, 1))
         with pytest.raises(GGUFShardError, match=changed):
             source.check_unchanged()
-    with SourceFile(header) as source:
+    with pytest.raises(GGUFShardError, match=changed):
+        SourceFile(header)  # which was read before that
+    with SourceFile(read_gguf(model)) as source:
         os.truncate(model, 10)
         with pytest.raises(GGUFShardError, match=changed):
             source.check_unchanged()
+
+
+def test_another_file_in_the_same_place_is_found(model: Path) -> None:
+    header = read_gguf(model)
+    other = model.with_name("other")
+    shutil.copy2(model, other)  # with the same size and time
+    os.replace(other, model)
+    with pytest.raises(GGUFShardError, match=r"model\.gguf: changed while it was read"):
+        SourceFile(header)
