@@ -1,4 +1,4 @@
-"""The command of `forge`: shard, restore, verify, info.
+"""The command of `forge`: shard, restore, verify, repair, info.
 
 Runs as `python forge/model_sharding_tool.py ...` from the project's root; the same sub-commands are
 part of `gguf-shard`.
@@ -19,6 +19,8 @@ from forge.block_layouts import MEMORY_LAYOUTS
 from forge.command import print_json, run_command
 from forge.errors import GGUFShardError
 from forge.info import describe, describe_text
+from forge.input_file import open_input
+from forge.repair import repair_model
 from forge.restore import restore_model
 from forge.sgmap import CACHE_POLICIES
 from forge.sgmap_reader import load_map
@@ -102,6 +104,26 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if result.ok else 1
 
 
+def _repair(args: argparse.Namespace) -> int:
+    result = repair_model(args.map, args.source, progress=not args.quiet)
+    if args.json:
+        print_json(result.as_dict())
+    else:
+        for fault in result.bad:
+            print(f"{args.map}: {fault}" if fault.page is not None else fault, file=sys.stderr)
+        if not args.quiet:
+            for fault in result.repaired:
+                print(f"{args.map}: repaired: {fault}")
+            for difference in result.source_differs:
+                print(f"{difference}: what was taken from it is right")
+            if result.ok:
+                what = (
+                    f"{len(result.repaired)} repaired" if result.repaired else "nothing to repair"
+                )
+                print(f"{args.map}: {what}, {result.pages} pages hold")
+    return 0 if result.ok else 1
+
+
 def _info(args: argparse.Namespace) -> int:
     facts, text = _describer(args.file, args.describers)(args.file)
     if args.json:
@@ -119,7 +141,7 @@ def _describer(path: str, others: Mapping[bytes, Describer]) -> Describer:
         return facts, describe_text(facts)
 
     if others:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             start = file.read(max(map(len, others)))
         for magic, describer in others.items():
             if start.startswith(magic):
@@ -127,26 +149,7 @@ def _describer(path: str, others: Mapping[bytes, Describer]) -> Describer:
     return describe_model
 
 
-def add_commands(
-    commands: Any,
-    page_checks: Mapping[str, Callable[[], PageCheck]] = PAGE_CHECKS,
-    describers: Mapping[bytes, Describer] | None = None,
-) -> None:
-    """Add `shard`, `restore`, `verify` and `info` to an argparse sub-parser collection.
-
-    Parameters
-    ----------
-    commands
-        The collection.
-    page_checks
-        For each target of `verify`, what makes its check of pages.
-    describers
-        For the first bytes of other kinds of files what `info` says about them.
-    """
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print one JSON object")
-    common.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
-
+def _add_shard(commands: Any, common: argparse.ArgumentParser) -> None:
     p = commands.add_parser(
         "shard", parents=[common], help="cut a GGUF model into checked pages",
         description="Cut a GGUF model into 4 KiB pages: writes core.gguf and core.sgmap.",
@@ -163,6 +166,41 @@ def add_commands(
                    help="a power of two up to 256 (default: auto)")  # fmt: skip
     p.add_argument("--force", action="store_true", help="replace existing files")
     p.set_defaults(run=_shard)
+
+
+def _add_repair(commands: Any, common: argparse.ArgumentParser) -> None:
+    p = commands.add_parser(
+        "repair", parents=[common], help="write damaged pages of a sharded model anew",
+        description="Write what is damaged of core.gguf anew, and nothing else. The map vouches "
+        "for it: a source that does not have what is needed is refused, and nothing is changed.",
+    )  # fmt: skip
+    p.add_argument("map", metavar="CORE.sgmap")
+    p.add_argument("--from", dest="source", metavar="MODEL.gguf|CORE.gguf|CORE.sgmap",
+                   required=True, help="the source, or another copy of the pages")  # fmt: skip
+    p.set_defaults(run=_repair)
+
+
+def add_commands(
+    commands: Any,
+    page_checks: Mapping[str, Callable[[], PageCheck]] = PAGE_CHECKS,
+    describers: Mapping[bytes, Describer] | None = None,
+) -> None:
+    """Add `shard`, `restore`, `verify`, `repair` and `info` to an argparse sub-parser collection.
+
+    Parameters
+    ----------
+    commands
+        The collection.
+    page_checks
+        For each target of `verify`, what makes its check of pages.
+    describers
+        For the first bytes of other kinds of files what `info` says about them.
+    """
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object")
+    common.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
+
+    _add_shard(commands, common)
 
     p = commands.add_parser(
         "restore", parents=[common], help="write the original GGUF back, bit for bit",
@@ -182,6 +220,8 @@ def add_commands(
     p.add_argument("--target", choices=tuple(page_checks), default="cpu",
                    help="what computes the checksums of pages (default: cpu)")  # fmt: skip
     p.set_defaults(run=_verify, page_checks=page_checks)
+
+    _add_repair(commands, common)
 
     kinds = "a GGUF file or a sharded model"
     if describers:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from forge.block_layouts import MEMORY_LAYOUTS, block_layout
+from forge.block_layouts import MEMORY_LAYOUTS, BlockLayout, block_layout
 from forge.core_file import (
     CoreFile,
     core_bytes,
@@ -145,6 +145,28 @@ def _zero_chunks(begin: int, end: int) -> Iterator[_Chunk]:
         yield _Chunk(offset, min(_ZERO_CHUNK, end - offset), None, 0)
 
 
+def pack_pages(data: np.ndarray, layout: BlockLayout | None) -> tuple[np.ndarray, np.ndarray]:
+    """Source bytes as pages.
+
+    Parameters
+    ----------
+    data
+        uint8 [n_bytes] from a page's first byte on: whole blocks, or raw bytes.
+    layout
+        The blocks' layout; None for raw bytes.
+
+    Returns
+    -------
+    tuple[numpy.ndarray, numpy.ndarray]
+        The pages, uint8 [n, 4096], and the CRC32 of each content, uint32 [n].
+    """
+    if layout is None:
+        pages = np.empty((-(-data.size // CONTENT_BYTES), PAGE_BYTES), np.uint8)
+        return pages, pack_raw(data, pages)
+    pages = np.empty((layout.pages_for(data.size // layout.bytes), PAGE_BYTES), np.uint8)
+    return pages, pack_blocks(data, layout, pages)
+
+
 class _PageWriter:
     """Lays chunks out in pages and writes them to their places in the pending `core.gguf`."""
 
@@ -164,12 +186,9 @@ class _PageWriter:
 
     def _pack(self, run: SlicePlan | RawPlan, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(run, RawPlan):
-            pages = np.empty((-(-data.size // CONTENT_BYTES), PAGE_BYTES), np.uint8)
-            return pages, pack_raw(data, pages)
+            return pack_pages(data, None)
         assert run.tensor.ggml_type is not None
-        layout = block_layout(run.tensor.ggml_type, self.memory_layout)
-        pages = np.empty((layout.pages_for(data.size // layout.bytes), PAGE_BYTES), np.uint8)
-        return pages, pack_blocks(data, layout, pages)
+        return pack_pages(data, block_layout(run.tensor.ggml_type, self.memory_layout))
 
     def _store(self, first: int, pages: np.ndarray, crcs: np.ndarray) -> None:
         self.page_crc32[first : first + len(pages)] = crcs
@@ -248,9 +267,23 @@ def build_map(
     )
 
 
-def _check_written(file: PendingFile, plan: PagePlan, page_crc32: np.ndarray,
-                   advance: Callable[[int], None]) -> list[str]:  # fmt: skip
-    """Read the pages back; returns the shards' digests."""
+def write_around_pages(file: PendingFile, page_crc32: np.ndarray) -> None:
+    """Write what stands before and behind the pages of a `core.gguf`: header and table."""
+    n_pages = len(page_crc32)
+    table = page_crc32.astype("<u4").tobytes()
+    file.write(core_header(n_pages), 0)
+    file.write(table.ljust(crc_table_bytes(n_pages), b"\0"), page_offset(n_pages))
+
+
+def check_written(file: PendingFile, plan: PagePlan | ShardMap, page_crc32: np.ndarray,
+                  advance: Callable[[int], None]) -> list[str]:  # fmt: skip
+    """Read the pages back; returns the shards' digests.
+
+    Raises
+    ------
+    GGUFShardError
+        If a page is not as the table, uint32 [n_pages], says.
+    """
 
     def report(page: int, reason: str) -> None:
         raise GGUFShardError(f"{file.pending}: page {page}: wrong after writing: {reason}")
@@ -285,12 +318,8 @@ def _write_model(
     with progress_bar(total, "shard", progress) as advance:
         writer = _PageWriter(pages_file, plan, options.memory_layout)
         source = _write_pages(writer, sources, plan, advance)
-        table = writer.page_crc32.astype("<u4").tobytes()
-        pages_file.write(core_header(plan.n_pages), 0)
-        pages_file.write(
-            table.ljust(crc_table_bytes(plan.n_pages), b"\0"), page_offset(plan.n_pages)
-        )
-        digests = _check_written(pages_file, plan, writer.page_crc32, advance)
+        write_around_pages(pages_file, writer.page_crc32)
+        digests = check_written(pages_file, plan, writer.page_crc32, advance)
         table_digest = crc_table_digest(writer.page_crc32)
         shard_map = build_map(plan, parts, source, options, digests, table_digest)
         map_file.write(render_map(shard_map), 0)

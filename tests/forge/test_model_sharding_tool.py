@@ -275,3 +275,12 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
         )
         assert (done.returncode, done.stderr) == (0, b"")
         assert b"\\udcf" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["a\n\x1b[2J.gguf", "a\u202e.gguf"])
+def test_names_cannot_command_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert tool.main(["info", str(tmp_path / name)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err[:-1].isprintable() and "No such file" in err

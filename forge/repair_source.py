@@ -1,0 +1,216 @@
+"""Where `repair` takes pages from: the GGUF file a model was cut from, or a copy of its pages.
+
+    core.gguf, or the .sgmap beside it     page i is read from its place
+    model.gguf (first part of a split one) page i is cut anew from the source bytes that the map
+                                           says it holds, as `shard` did it
+
+Nothing is checked here: a source may be damaged where it is not needed, and who takes a page holds
+it against the map.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+
+from forge.block_layouts import BlockLayout
+from forge.core_file import CoreFile, core_bytes, read_fully
+from forge.crc32 import CONTENT_BYTES
+from forge.errors import GGUFShardError
+from forge.gguf_file import part_paths
+from forge.pages import PAGE_BYTES, tag_pages
+from forge.pending_file import journal_path
+from forge.sgmap import ShardMap, core_path
+from forge.shard import pack_pages
+
+_HASH_CHUNK = 8 << 20
+
+
+class RepairSource(Protocol):
+    """Where pages are taken from; `path` is what messages call it."""
+
+    path: Path
+
+    def pages(self, first: int, count: int) -> np.ndarray:
+        """Pages `first` to `first + count` - 1, uint8 [count, 4096], not checked."""
+        ...
+
+    def differences(self) -> list[str]:
+        """In one line each, files that are not as a whole what the map says of them."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _CopiedPages:
+    """Another copy of `core.gguf`."""
+
+    def __init__(self, path: Path, shard_map: ShardMap) -> None:
+        self.path = path
+        self._core = CoreFile(path, shard_map.n_pages)
+
+    def pages(self, first: int, count: int) -> np.ndarray:
+        pages = np.empty((count, PAGE_BYTES), np.uint8)
+        self._core.read_pages(first, pages)
+        return pages
+
+    def differences(self) -> list[str]:
+        return []  # the map does not know the whole file by a digest
+
+    def close(self) -> None:
+        self._core.close()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive pages that hold consecutive source bytes."""
+
+    first_page: int
+    pages: int
+    part: int
+    offset: int
+    bytes: int
+    layout: BlockLayout | None  # None: raw bytes
+
+    @property
+    def end_page(self) -> int:
+        return self.first_page + self.pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Source bytes in each of its pages but the last."""
+        return self.layout.bytes * self.layout.per_page if self.layout else CONTENT_BYTES
+
+
+def _runs(shard_map: ShardMap) -> list[_Run]:
+    """All runs in page order."""
+    runs = [_Run(r.first_page, r.pages, r.part, r.offset, r.bytes, None) for r in shard_map.raw]
+    for t in shard_map.tensors:
+        layout = t.layout(shard_map.atlas.memory_layout)
+        for i, s in enumerate(t.slices):
+            offset = t.offset + i * t.slice_bytes
+            runs.append(_Run(s.first_page, s.pages, t.part, offset, t.slice_bytes, layout))
+    return sorted((run for run in runs if run.pages), key=lambda run: run.first_page)
+
+
+class _CutPages:
+    """The pages that cutting the source files anew gives."""
+
+    def __init__(self, paths: Sequence[Path], shard_map: ShardMap) -> None:
+        self.path = paths[0]
+        self._paths = paths
+        self._parts = shard_map.source
+        self._runs = _runs(shard_map)
+        self._first_pages = [run.first_page for run in self._runs]
+        with ExitStack() as stack:
+            self._files: list[BinaryIO] = []
+            for path, part in zip(paths, self._parts, strict=True):
+                file = stack.enter_context(_opened(path))
+                self._files.append(file)
+                size = os.fstat(file.fileno()).st_size
+                if size != part.bytes:
+                    raise GGUFShardError(
+                        f"{path}: has {size} bytes, {part.name} had {part.bytes}: not the source"
+                    )
+            self._stack = stack.pop_all()
+
+    def pages(self, first: int, count: int) -> np.ndarray:
+        pages = np.zeros((count, PAGE_BYTES), np.uint8)
+        tag_pages(pages)  # those of no run stay so
+        index = max(0, bisect_right(self._first_pages, first) - 1)
+        while index < len(self._runs) and self._runs[index].first_page < first + count:
+            run = self._runs[index]
+            begin, end = max(first, run.first_page), min(first + count, run.end_page)
+            if begin < end:
+                pages[begin - first : end - first] = self._cut(run, begin, end)
+            index += 1
+        return pages
+
+    def _cut(self, run: _Run, begin: int, end: int) -> np.ndarray:
+        """Pages `begin` to `end` - 1 of a run."""
+        skipped = (begin - run.first_page) * run.page_bytes
+        kept = min((end - run.first_page) * run.page_bytes, run.bytes)
+        data = np.empty(kept - skipped, np.uint8)
+        file = self._files[run.part]
+        read_fully(file.fileno(), data.data, run.offset + skipped, self._paths[run.part])
+        return pack_pages(data, run.layout)[0]
+
+    def differences(self) -> list[str]:
+        found = []
+        for path, file, part in zip(self._paths, self._files, self._parts, strict=True):
+            digest = hashlib.sha256()
+            try:
+                file.seek(0)
+                while chunk := file.read(_HASH_CHUNK):
+                    digest.update(chunk)
+            except OSError as error:
+                found.append(f"{path}: {error.strerror}")
+                continue
+            if digest.hexdigest() != part.sha256:
+                found.append(
+                    f"{path}: has SHA-256 {digest.hexdigest()}, the map says {part.sha256}"
+                )
+        return found
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise GGUFShardError(f"{path}: {error.strerror}") from None
+
+
+def _refuse_the_model_itself(paths: Sequence[Path], map_path: Path) -> None:
+    for path in paths:
+        for own in (map_path, core_path(map_path)):
+            if path.exists() and own.exists() and path.samefile(own):
+                raise GGUFShardError(f"{path}: is what is to be repaired")
+
+
+def open_repair_source(
+    path: str | os.PathLike[str], map_path: Path, shard_map: ShardMap
+) -> RepairSource:
+    """Open the source of a repair.
+
+    Parameters
+    ----------
+    path
+        A copy of `core.gguf`, the `.sgmap` beside one, or the GGUF file that the model was cut
+        from; of a split model the first part. A file is told by its size.
+    map_path, shard_map
+        What is to be repaired.
+
+    Raises
+    ------
+    GGUFShardError
+        If it is missing, of no size that fits, half-way through an update in place, or the model
+        itself.
+    """
+    path = Path(path)
+    if path.suffix == ".sgmap":
+        path = core_path(path)
+        _refuse_the_model_itself([path], map_path)
+        return _CopiedPages(path, shard_map)
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+    if size == core_bytes(shard_map.n_pages) != shard_map.source[0].bytes:
+        _refuse_the_model_itself([path], map_path)
+        return _CopiedPages(path, shard_map)
+    paths = part_paths(path, len(shard_map.source))
+    if path not in paths[:1]:
+        raise GGUFShardError(f"{path}: is not the first part of a split model")
+    _refuse_the_model_itself(paths, map_path)
+    if os.path.lexists(journal_path(path)):
+        raise GGUFShardError(f"{path}: an update in place was interrupted: it must be finished")
+    return _CutPages(paths, shard_map)
