@@ -16,7 +16,7 @@ import enum
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,19 @@ def run_probe(probe: Probe) -> Result:
         return Result(probe, Outcome.MISSED, f"{type(error).__name__}: {error} ({where})")
 
 
+def _or_failure(section: str, probes: Iterator[Probe]) -> Iterator[Probe]:
+    """The probes; if they cannot be made, one more, which fails as they did."""
+    try:
+        yield from probes
+    except Exception as error:
+        failure = error
+
+        def fail() -> Outcome:
+            raise failure
+
+        yield Probe(section, "none: making the faults", "suite", "", fail)
+
+
 @dataclass
 class Matrix:
     """Outcomes of all probes, by section, fault and artefact."""
@@ -121,15 +134,17 @@ class Matrix:
     unavailable: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self, probes: Iterable[Probe], advance: Callable[[int], None]) -> None:
-        """Run probes and count what comes of them; `advance` is called with 1 after each."""
+    def run(self, section: str, probes: Iterable[Probe]) -> None:
+        """Run the probes of a section and count what comes of them.
+
+        Whoever makes them does what the tool should do first; if that fails, it is a miss.
+        """
         started = time.perf_counter()
-        for probe in probes:
+        for probe in _or_failure(section, iter(probes)):
             self.add(run_probe(probe))
             now = time.perf_counter()
             self.seconds[probe.section] = self.seconds.get(probe.section, 0.0) + now - started
             started = now
-            advance(1)
 
     def add(self, result: Result) -> None:
         """Count a result."""
@@ -148,7 +163,8 @@ class Matrix:
     def rows(self) -> list[dict[str, Any]]:
         """One flat dictionary for each fault and artefact, in the order they came."""
         return [
-            {"section": section, "fault": fault, "artefact": artefact, "injected": counter.total(),
+            {"section": section, "fault": fault, "artefact": artefact,
+             "injected": counter.total() - counter[Outcome.UNAVAILABLE],
              **{outcome.value: counter[outcome] for outcome in Outcome}}
             for (section, fault, artefact), counter in self.counts.items()
         ]  # fmt: skip

@@ -10,15 +10,10 @@ from gguf import GGMLQuantizationType as T
 
 from experiments.validation import gguf_factory as factory
 from experiments.validation.gguf_factory import STRING, Tensor, pair, tensor
+from experiments.validation.hostile_patches import PAIRS, half_floats
 
 #: Pages of the large matrices: several, the last one short.
 _ROWS = 120
-
-
-def half_floats(shape: tuple[int, ...], seed: int) -> bytes:
-    """F16 weights as models have them."""
-    values = np.random.default_rng(seed).normal(0, 0.02, int(np.prod(shape)))
-    return values.astype("<f2").tobytes()
 
 
 def tensors(seed: int = 0) -> list[Tensor]:
@@ -33,9 +28,6 @@ def tensors(seed: int = 0) -> list[Tensor]:
         Tensor("unknown.weight", factory.UNKNOWN_TYPE, (7,), factory.random_bytes(9000, seed + 6)),
         tensor("output.weight", T.F32, (64, 40), seed + 7),
     ]
-
-
-PAIRS = [pair("general.architecture", STRING, "llama"), pair("general.name", STRING, "small")]
 
 
 def edited(of: Tensor, change: Callable[[np.ndarray], None]) -> Tensor:

@@ -19,11 +19,19 @@ from delta.page_coding import RAW
 from delta.page_grid import PADDING, TENSOR, Run, model_runs, n_paired
 from delta.patch_file import FORWARD, PatchReader
 from experiments.validation import gguf_factory as factory
+from experiments.validation import hostile_patches as hostile
+from experiments.validation.hostile_patches import (
+    Group,
+    forward,
+    having,
+    in_group,
+    material,
+    touched,
+)
 from forge.gguf_file import parse_header
 from forge.sizes import format_bytes
-from tests.delta import hostile_patches as hostile
-from tests.delta.hostile_patches import Group, forward, having, in_group, material, touched
 from tests.delta.model_pairs import CASES, PAIRS, edited, tensors
+from tests.delta.refusals import guarded
 
 COUNTS = ("added", "modified", "deleted", "copied")
 _HEAD = 12  # bytes of a group before its body
@@ -254,7 +262,7 @@ def test_lies_do_no_harm(tmp_path: Path, name: str, capsys: pytest.CaptureFixtur
     """They are told of as they are, or refused in a line."""
     path = factory.write(tmp_path / "p", LIES[name]().data())
     for options in ([], ["--json"]):
-        with hostile.guarded():
+        with guarded():
             code = gguf_shard(["info", str(path), *options])
         said = capsys.readouterr()
         if code == 0:

@@ -27,9 +27,9 @@ from delta.patch_plan import (
     render_plan,
 )
 from experiments.validation import gguf_factory as factory
+from experiments.validation import hostile_patches as hostile
+from experiments.validation.hostile_patches import Way, copy, edit, record, run
 from forge.errors import GGUFShardError
-from tests.delta import hostile_patches as hostile
-from tests.delta.hostile_patches import Way, copy, edit, record, run
 from tests.delta.model_pairs import PAIRS, tensors
 
 # ---- there and back ----
