@@ -23,7 +23,7 @@ from forge.errors import GGUFShardError
 from forge.gguf_file import part_paths
 from forge.input_file import read_fully
 from forge.journal import finish_journal
-from forge.pending_file import PendingFile, flushed_early
+from forge.pending_file import PendingFile
 from forge.progress import progress_bar
 
 
@@ -50,6 +50,9 @@ class FileSink(PageSink):
     def read_into(self, part: int, offset: int, buffer: np.ndarray) -> None:
         file = self._files[part]
         read_fully(file.fileno(), buffer.data, offset, file.pending)
+
+    def settle(self, part: int, end: int) -> None:
+        self._files[part].settle(end)
 
 
 def bind(patch: PatchReader, base: SourceModel, reverse: bool, progress: bool) -> BoundPatch:
@@ -138,8 +141,7 @@ def write_target(
             bound.base.check_in_place()  # now that nobody else may replace it
         total = total_bytes(bound.files)
         advance = stack.enter_context(progress_bar(total, "apply", progress))
-        with flushed_early(files):
-            TargetBuilder(bound, FileSink(files), advance).build()
+        TargetBuilder(bound, FileSink(files), advance).build()
         bound.base.check_unchanged()
         for file in files:
             finish_journal(file.path)  # of an update that the new file makes undone

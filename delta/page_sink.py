@@ -5,7 +5,7 @@
                of changes to a sharded model
     digest     follows behind: reads back from the sink what is complete, and hashes it
 
-Groups are decoded, and kept pages carried over, by two threads.
+Groups are decoded by two threads, kept pages carried over by a third.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ from forge.errors import GGUFShardError
 from forge.info import printable
 from forge.pipeline import in_order
 
-_THREADS = 2
+_DECODERS = 2
 _IN_FLIGHT = 16  # steps, which keep no data; several may have little to do
 _HASH_CHUNK = 1 << 20
 
@@ -51,6 +52,9 @@ class PageSink(ABC):
     @abstractmethod
     def read_into(self, part: int, offset: int, buffer: np.ndarray) -> None:
         """Fill a contiguous uint8 array with bytes of a file as they will be."""
+
+    def settle(self, part: int, end: int) -> None:  # noqa: B027 - most need not know
+        """All of a file before byte `end` has been put."""
 
     def read(self, part: int, offset: int, n_bytes: int) -> np.ndarray:
         """Bytes of a file as they will be, uint8 [n_bytes]."""
@@ -82,6 +86,18 @@ def _steps(bound: BoundPatch) -> Iterator[_Step]:
             yield _Step(-1, index, first, count)
 
 
+class _Workers:
+    """Threads for steps: with as many for carrying pages over as for decoding, they would take the
+    time of hashing, for which everything waits where little has changed."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._decoders = stack.enter_context(ThreadPoolExecutor(_DECODERS))
+        self._carrier = stack.enter_context(ThreadPoolExecutor(1))
+
+    def submit(self, do: Callable[[_Step], _Step], step: _Step, /) -> Future[_Step]:
+        return (self._carrier if step.group < 0 else self._decoders).submit(do, step)
+
+
 class TargetBuilder:
     """Builds a target into a sink.
 
@@ -110,7 +126,9 @@ class TargetBuilder:
         """
         for part, data in enumerate(self.bound.header_bytes):
             self.sink.put_header(part, data)
-        with ThreadPoolExecutor(_THREADS) as workers, ThreadPoolExecutor(1) as hasher:
+        with ExitStack() as stack:
+            workers = _Workers(stack)
+            hasher = stack.enter_context(ThreadPoolExecutor(1))
             digests = _Digests(self, hasher)
             try:
                 for step in in_order(workers, self._do, _steps(self.bound), _IN_FLIGHT):
@@ -169,7 +187,7 @@ class _Digests:
     def __init__(self, builder: TargetBuilder, hasher: ThreadPoolExecutor) -> None:
         self._files = builder.bound.files
         self._patch = builder.bound.patch.path
-        self._read_into = builder.sink.read_into
+        self._sink = builder.sink
         self._buffer = ReadBuffer(_HASH_CHUNK)
         self._advance = builder.advance
         self._hasher = hasher
@@ -184,6 +202,7 @@ class _Digests:
                 self._pending.popleft().result()
             self._pending.append(self._hasher.submit(self._hash, part, self._done[part], end))
             self._done[part] = end
+            self._sink.settle(part, end)
 
     def finish(self) -> None:
         """Hash the rest; GGUFShardError if a file is not what it should be."""
@@ -202,6 +221,6 @@ class _Digests:
         for offset in range(begin, end, _HASH_CHUNK):
             n_bytes = min(_HASH_CHUNK, end - offset)
             data = self._buffer.at(offset, n_bytes)
-            self._read_into(part, offset, data)
+            self._sink.read_into(part, offset, data)
             self._digests[part].update(data.data)
             self._advance(n_bytes)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ from forge.errors import GGUFShardError
 SUFFIX = ".sgnew"
 #: Of what is to be written into files that are changed in place (`forge.journal`).
 JOURNAL_SUFFIX = ".sgjournal"
-_FLUSH_SECONDS = 0.02
+_WRITE_BACK_BYTES = 4 << 20
 
 
 def pending_path(path: Path) -> Path:
@@ -152,6 +150,7 @@ class PendingFile:
             raise GGUFShardError(f"{self.pending}: {error.strerror}") from None
         self._open = True
         self._keep = False
+        self._settled = 0
         try:
             take_lock(self._descriptor, self.pending)
         except GGUFShardError:
@@ -185,6 +184,18 @@ class PendingFile:
         """
         write_fully(self._descriptor, data, offset, self.path)
 
+    def settle(self, end: int) -> None:
+        """Have the system begin to write what lies before byte `end` and will not change again, so
+        that `sync` has little left to wait for. For one thread."""
+        if end - self._settled < _WRITE_BACK_BYTES or not hasattr(os, "posix_fadvise"):
+            return
+        # What is dirty is being written from then on; what is clean would be forgotten.
+        with suppress(OSError):  # no more than a hint
+            os.posix_fadvise(
+                self._descriptor, self._settled, end - self._settled, os.POSIX_FADV_DONTNEED
+            )
+        self._settled = end
+
     def sync(self) -> None:
         """Make what was written durable."""
         try:
@@ -211,40 +222,6 @@ class PendingFile:
     def _close(self) -> None:
         self._open = False
         os.close(self._descriptor)
-
-
-@contextmanager
-def flushed_early(files: Sequence[PendingFile]) -> Iterator[None]:
-    """Within this context what is written to the files goes to the disk as it comes, on a thread of
-    its own, so that `commit` has little left to wait for.
-
-    Raises
-    ------
-    GGUFShardError
-        At its end, if the disk refused.
-    """
-    stop = threading.Event()
-    refusals = []
-
-    def flush() -> None:
-        while not stop.wait(_FLUSH_SECONDS):
-            for file in files:
-                try:
-                    os.fdatasync(file.fileno())
-                except OSError as error:
-                    # The system tells it once: `commit` would hear nothing of what is lost.
-                    refusals.append(f"{file.path}: fdatasync: {error.strerror}")
-                    return
-
-    thread = threading.Thread(target=flush, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    if refusals:
-        raise GGUFShardError(refusals[0])
 
 
 def commit_together(first: PendingFile, *others: PendingFile) -> None:

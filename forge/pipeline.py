@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
-from typing import TypeVar
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class Pool(Protocol[Item, Result]):
+    """Threads that take work, as `concurrent.futures.Executor` does."""
+
+    def submit(self, work: Callable[[Item], Result], item: Item, /) -> Future[Result]: ...
+
+
 def in_order(
-    pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], in_flight: int
+    pool: Pool[Item, Result], work: Callable[[Item], Result], items: Iterable[Item], in_flight: int
 ) -> Iterator[Result]:
     """Like `map`, but takes a new item only when fewer than `in_flight` are under way.
 

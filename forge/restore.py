@@ -33,6 +33,7 @@ def _write_part(
                 hashed.result()
             hashed = hasher.submit(digest.update, data.data)
             file.write(data, offset)
+            file.settle(offset + data.size)
             advance(data.size)
     source = model.map.source[part]
     if digest.hexdigest() != source.sha256:

@@ -22,8 +22,6 @@ from experiments.validation.scene import Scene
 from experiments.validation.system_calls import KINDS, Counted, Failing, intercepted
 from forge import pending_file
 
-_EARLY = "early flush"
-
 
 @dataclass(frozen=True)
 class _Fault:
@@ -39,22 +37,18 @@ class _Fault:
 
     def places(self, calls: Mapping[str, int], every: int) -> range:
         """The calls at which it begins."""
-        if self.kinds == (_EARLY,):  # as many as there is time for, and only the first is sure
-            return range(min(1, self._count(calls)))
         return sampled(self._count(calls), every**2 if self.lasting else every)
 
     def _count(self, calls: Mapping[str, int]) -> int:
         return sum(calls.get(kind, 0) for kind in self.kinds)
 
 
-_SINGLE = tuple(kind for kind in KINDS if kind != _EARLY)
 FAULTS = (
-    *(_Fault(f"k-th {kind} fails", (kind,)) for kind in _SINGLE),
-    _Fault("an early flush fails", (_EARLY,)),
+    *(_Fault(f"k-th {kind} fails", (kind,)) for kind in KINDS),
     _Fault("reads do half from the k-th on", ("read",), None, lasting=True),
     _Fault("writes do half from the k-th on", ("write",), None, lasting=True),
     _Fault("disk full from the k-th write on", ("write",), errno.ENOSPC, lasting=True),
-    _Fault("disk dies at the k-th call", _SINGLE, lasting=True),
+    _Fault("disk dies at the k-th call", tuple(KINDS), lasting=True),
 )
 
 
@@ -84,8 +78,8 @@ def _calls(scene: Scene, operation: Operation) -> Mapping[str, int]:
 
 
 def _eager() -> AbstractContextManager[Any]:
-    """Files are flushed early at once, and not only if it takes long to write them."""
-    return mock.patch.object(pending_file, "_FLUSH_SECONDS", 0)
+    """Small files are written back early, as large ones are."""
+    return mock.patch.object(pending_file, "_WRITE_BACK_BYTES", 1)
 
 
 def _check(scene: Scene, operation: Operation, fault: _Fault, k: int) -> Outcome:
@@ -94,6 +88,6 @@ def _check(scene: Scene, operation: Operation, fault: _Fault, k: int) -> Outcome
         with _eager(), intercepted(folder, hook):
             line = told(lambda: operation.work(folder))
         if line is None:
-            lost = [path for kind, path in hook.failed if kind in ("fsync", _EARLY)]
+            lost = [path for kind, path in hook.failed if kind == "fsync"]
             require(not lost, f"claims success though fsync has failed: {lost}")
         return operation.judge(folder, line)

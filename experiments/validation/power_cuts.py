@@ -79,7 +79,7 @@ class _Disk:
                 inode = os.fstat(result).st_ino  # which a file that is gone may have had
                 self._data.pop(inode, None)
                 self._is_old.discard(inode)
-            if call.kind in ("fsync", "early flush"):
+            if call.kind == "fsync":
                 self._make_durable(call.arguments[0])
             return result
 

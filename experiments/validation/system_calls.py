@@ -35,7 +35,7 @@ KINDS: Mapping[str, tuple[tuple[Any, str], ...]] = {
     "read": ((os, "preadv"),),
     "write": ((os, "pwrite"),),
     "fsync": ((os, "fsync"),),
-    "early flush": ((os, "fdatasync"),),
+    "hint": ((os, "posix_fadvise"),),
     "rename": ((os, "replace"),),
     "truncate": ((os, "ftruncate"),),
     "unlink": ((os, "unlink"),),

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from forge import pending_file
 from forge.errors import GGUFShardError
 from forge.pending_file import PendingFile, finish_pending, is_at, pending_path
 
@@ -205,3 +206,24 @@ def test_finishing_moves_what_a_dead_writer_left(path: Path) -> None:
     with open(pending_path(path), "rb") as complete:
         finish_pending(complete.fileno(), path)
     assert path.read_bytes() == b"new" and names(path) == ["file"]
+
+
+def test_what_is_settled_is_written_back_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hints: list[tuple[int, int]] = []
+
+    def refuse(descriptor: int, offset: int, n_bytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        hints.append((offset, n_bytes))
+        raise OSError(errno.EINVAL, "no such hint")
+
+    monkeypatch.setattr(pending_file, "_WRITE_BACK_BYTES", 100)
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    with PendingFile(tmp_path / "file", 400) as file:
+        for end in (50, 99, 100, 199, 201, 400):
+            file.write(b"x" * 50, end - 50)
+            file.settle(end)
+        file.commit()
+    assert hints == [(0, 100), (100, 101), (201, 199)]
+    assert (tmp_path / "file").read_bytes().count(b"x") == 202

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,20 +80,6 @@ def test_fsync_that_fails_unheard(probes: list[Probe], monkeypatch: pytest.Monke
 
     monkeypatch.setattr(pending_file, "sync_folder", deaf)
     assert any("fsync" in reason for reason in missed(probes, "k-th fsync fails", "diff"))
-
-
-def test_early_flush_that_fails_unheard(
-    probes: list[Probe], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @contextmanager
-    def deaf(files: Sequence[PendingFile]) -> Iterator[None]:
-        with suppress(OSError):
-            os.fdatasync(files[0].fileno())
-        yield
-
-    assert not missed(probes, "an early flush fails", "apply")
-    monkeypatch.setattr("delta.apply.flushed_early", deaf)
-    assert any("fsync" in reason for reason in missed(probes, "an early flush fails", "apply"))
 
 
 def test_writes_that_are_not_finished(probes: list[Probe], monkeypatch: pytest.MonkeyPatch) -> None:
