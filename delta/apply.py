@@ -20,11 +20,11 @@ from delta.page_sink import PageSink, TargetBuilder
 from delta.patch_file import PatchReader
 from delta.source_model import SourceModel, open_source
 from forge.errors import GGUFShardError
-from forge.gguf_file import part_paths
 from forge.input_file import read_fully
 from forge.journal import finish_journal
 from forge.pending_file import PendingFile
 from forge.progress import progress_bar
+from forge.split_model import part_paths
 
 
 class FileSink(PageSink):

@@ -21,8 +21,9 @@ from delta.patch_file import BOTH, FORWARD, REVERSE, PageGroup, PatchReader, Sto
 from delta.patch_plan import Direction, FileRecord, PageCopy, TouchedRun, decode_header
 from delta.source_model import SourceModel, require
 from forge.errors import GGUFShardError
-from forge.gguf_file import GGUFHeader, check_parts, parse_header
+from forge.gguf_file import GGUFHeader, parse_header
 from forge.info import printable
+from forge.split_model import check_parts
 
 #: Where a page of the target comes from: the base's page of the same place, a copy, or else the
 #: group of this number.

@@ -27,7 +27,6 @@ from forge.block_layouts import block_layout
 from forge.core_file import core_bytes, core_header, crc_table_bytes, crc_table_digest, page_offset
 from forge.crc32 import CONTENT_BYTES
 from forge.errors import GGUFShardError
-from forge.gguf_file import part_paths
 from forge.journal import JournalWriter, finish_journal
 from forge.page_plan import plan_pages
 from forge.pages import PAGE_BYTES, pack_blocks, pack_raw
@@ -39,6 +38,7 @@ from forge.shard import ShardOptions, build_map, shard_model
 from forge.shard_scan import check_pages
 from forge.sharded_model import ShardedModel
 from forge.source_bytes import SourceBytes
+from forge.split_model import part_paths
 
 _CORE, _MAP = 0, 1  # files of the journal
 

@@ -17,13 +17,14 @@ import numpy as np
 
 from forge.buffers import ReadBuffer, read_buffer
 from forge.errors import GGUFShardError
-from forge.gguf_file import GGUFHeader, read_model
+from forge.gguf_file import GGUFHeader
 from forge.pending_file import is_at
 from forge.pipeline import in_order
 from forge.sgmap_reader import load_map
 from forge.sharded_model import ShardedModel
 from forge.source_bytes import SourceBytes
 from forge.source_file import SourceFile
+from forge.split_model import read_model
 
 _HASH_CHUNK = 1 << 20
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from forge.gguf_file import read_model
 from forge.journal import finish_journal
 from forge.sgmap_reader import load_map
 from forge.sizes import format_bytes
+from forge.split_model import read_model
 
 _SHOWN_ITEMS = 3
 _SHOWN_TEXT = 60

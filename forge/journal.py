@@ -36,7 +36,6 @@ import xxhash
 
 from forge.byte_ranges import ByteRanges
 from forge.errors import GGUFShardError
-from forge.gguf_file import is_later_part
 from forge.input_file import read_fully
 from forge.journal_file import MAX_SAMPLE_BYTES, JournalFile, Target, head_bytes, tail_bytes
 from forge.pending_file import (
@@ -50,6 +49,7 @@ from forge.pending_file import (
 )
 from forge.progress import progress_bar
 from forge.sgmap import core_path
+from forge.split_model import is_later_part
 
 _BUFFER_BYTES = 1 << 20
 _SAMPLES = 64

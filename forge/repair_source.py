@@ -11,25 +11,27 @@ it against the map.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from forge.block_layouts import BlockLayout
-from forge.core_file import CoreFile, core_bytes, read_fully
+from forge.core_file import CoreFile, core_bytes
 from forge.crc32 import CONTENT_BYTES
 from forge.errors import GGUFShardError
-from forge.gguf_file import part_paths
+from forge.input_file import open_input, read_fully
 from forge.pages import PAGE_BYTES, tag_pages
 from forge.pending_file import journal_path
 from forge.sgmap import ShardMap, core_path
 from forge.shard import pack_pages
+from forge.split_model import part_paths
 
 _HASH_CHUNK = 8 << 20
 
@@ -111,7 +113,7 @@ class _CutPages:
         self._runs = _runs(shard_map)
         self._first_pages = [run.first_page for run in self._runs]
         with ExitStack() as stack:
-            self._files: list[BinaryIO] = []
+            self._files: list[io.FileIO] = []
             for path, part in zip(paths, self._parts, strict=True):
                 file = stack.enter_context(_opened(path))
                 self._files.append(file)
@@ -164,9 +166,9 @@ class _CutPages:
         self._stack.close()
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> io.FileIO:
     try:
-        return open(path, "rb", buffering=0)
+        return open_input(path)
     except OSError as error:
         raise GGUFShardError(f"{path}: {error.strerror}") from None
 

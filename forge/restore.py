@@ -10,12 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from forge.errors import GGUFShardError
-from forge.gguf_file import part_paths
 from forge.journal import finish_journal
 from forge.pending_file import PendingFile
 from forge.progress import progress_bar
 from forge.sharded_model import ShardedModel
 from forge.source_bytes import SourceBytes
+from forge.split_model import part_paths
 
 
 def _write_part(

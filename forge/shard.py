@@ -30,7 +30,7 @@ from forge.core_file import (
 )
 from forge.crc32 import CONTENT_BYTES
 from forge.errors import GGUFShardError
-from forge.gguf_file import GGUFHeader, read_model
+from forge.gguf_file import GGUFHeader
 from forge.journal import finish_journal
 from forge.page_plan import (
     MAX_PAGES_PER_SHARD,
@@ -59,6 +59,7 @@ from forge.sgmap_reader import parse_map
 from forge.shard_scan import scan_shards
 from forge.sharded_model import ShardedModel
 from forge.source_file import SourceFile
+from forge.split_model import read_model
 
 _CHUNK_PAGES = 1024
 _ZERO_CHUNK = 4 << 20

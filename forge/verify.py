@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import GGUFShardError
-from forge.gguf_file import part_paths
 from forge.progress import progress_bar
 from forge.sgmap import ShardMap
 from forge.shard_scan import PageCheck, faulty_pages, scan_shards
 from forge.sharded_model import ShardedModel
+from forge.split_model import part_paths
 
 _HASH_CHUNK = 8 << 20
 

@@ -19,10 +19,10 @@ from atlas.target import CpuTarget
 from experiments.quickstart import PROMPT
 from experiments.validation import gguf_factory as factory
 from experiments.validation.scene import Scene
-from forge.gguf_file import read_model
 from forge.shard import ShardOptions, shard_model
 from forge.sharded_model import ShardedModel
 from forge.sizes import Size
+from forge.split_model import read_model
 
 #: Tokens of an answer.
 N_TOKENS = 5

@@ -18,10 +18,11 @@ from delta.page_grid import PADDING, TENSOR, Run, model_runs, n_paired
 from experiments.validation import gguf_factory as factory
 from experiments.validation.gguf_factory import Tensor, tensor
 from forge.errors import GGUFShardError
-from forge.gguf_file import GGUFHeader, parse_header, read_model
+from forge.gguf_file import GGUFHeader, parse_header
 from forge.pages import unpack_blocks
 from forge.shard import ShardOptions, shard_model
 from forge.sharded_model import ShardedModel
+from forge.split_model import read_model
 from forge.verify import verify_model
 from tests.delta.model_pairs import CASES, PAIRS, edited, tensors
 

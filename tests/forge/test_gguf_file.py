@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from experiments.validation import gguf_factory as factory
 from experiments.validation.gguf_factory import Tensor
 from forge.errors import GGUFShardError
-from forge.gguf_file import parse_header, read_gguf, read_model
+from forge.gguf_file import parse_header, read_gguf
+from forge.split_model import read_model
 
 LLAMA = factory.pair("general.architecture", factory.STRING, "llama")
 VECTOR = factory.tensor("a", Type.F32, (4,))

@@ -10,11 +10,12 @@ import pytest
 
 from experiments.validation import gguf_factory as factory
 from forge.errors import GGUFShardError
-from forge.gguf_file import read_gguf, read_model
+from forge.gguf_file import read_gguf
 from forge.journal import JournalWriter, finish_journal, journal_path
 from forge.restore import restore_model
 from forge.shard import shard_model
 from forge.sharded_model import ShardedModel
+from forge.split_model import read_model
 from forge.verify import verify_model
 from tests.journal_factory import NAMES, Change
 
