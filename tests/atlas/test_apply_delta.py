@@ -28,6 +28,7 @@ from forge.errors import GGUFShardError
 from forge.shard import ShardOptions, shard_model
 from forge.verify import verify_model
 from tests.llama_factory import LlamaShape, Types, opened, write_llama
+from tests.update_factory import wait_for
 
 PROMPT, N_TOKENS = ([1, 7], 2) if config.ENABLE_CUDASIM else ([1, 7, 20], 4)
 SHAPE = (
@@ -182,13 +183,14 @@ def test_while_another_thread_generates(scene: Scene, target: Target) -> None:
         thread.start()
         try:
             for turn in range(6):
-                time.sleep(0.05)
+                wait_for(lambda: len(answers) > turn)  # noqa: B023 - called at once
+                time.sleep(0.01 * turn)
                 model.atlas.apply_delta(scene.patch, reverse=bool(turn % 2))
         finally:
             stop.set()
             thread.join(60)
         assert answer(model) == old
-    assert set(answers) <= {old, new} and len(answers) > 2
+    assert set(answers) <= {old, new}
 
 
 @pytest.mark.skipif(config.ENABLE_CUDASIM, reason="a process of its own has no simulator")
