@@ -351,6 +351,17 @@ def test_only_what_seems_to_be_the_same_is_read(
     assert (of_base, of_target) == (2 * PAGE, 3 * PAGE)
 
 
+def test_a_page_is_not_held_against_its_counterpart_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their samples agree, as all between is the same; that they differ is known."""
+    nearly = bytearray(page(2))
+    nearly[5] ^= 1
+    target = [f16("a", page(1), bytes(nearly), page(3), page(4, 100)), BASE[1]]
+    search, counts = _search_and_count(tmp_path, monkeypatch, target, None)
+    assert search.places == {("a", 1): None} and counts == [0, 0]
+
+
 def test_nothing_is_read_where_nothing_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
