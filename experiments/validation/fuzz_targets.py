@@ -150,7 +150,10 @@ def _mutate_map(rng: random.Random, data: bytes, other: bytes) -> bytes:
             return mutate_bytes(rng, data, other)
         holder, key = rng.choice(places)
         _mutate_value(rng, holder, key, second)
-    made = render(sealed(document))
+    try:
+        made = render(sealed(document))
+    except (ValueError, RecursionError):  # a value has been put into itself
+        return mutate_bytes(rng, data, other)
     return made if rng.random() < 0.9 else mutate_bytes(rng, made, other)
 
 

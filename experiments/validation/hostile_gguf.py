@@ -277,7 +277,7 @@ def _unusual_files() -> list[Kind]:
         "a link to a folder": link("."), "in a file": lambda folder: folder / "good.gguf" / "x",
         "a name of 5,000 letters": lambda folder: folder / ("n" * 5000),
         "a name with a line feed": lambda folder: folder / "a\n\x1b[31mb.gguf",
-        "a hole of 1 TiB": lambda folder: _hole(folder, b"GGUF\3\0\0\0", 1 << 40),
+        "a hole of 1 TiB": lambda folder: _hole(folder, b"GGUF\4\0\0\0", 1 << 40),
     }  # fmt: skip
     kinds = [Kind("not a file", name, make) for name, make in makers.items()]
     return [*kinds, Kind("odd name", "a link to a model", linked, is_odd=True)]
