@@ -1,7 +1,8 @@
 """What the validation suite found, as text, as JSON, and as the matrix of the README.
 
-    python -m experiments.validation.report FULL.json [--write README.md]
+    python -m experiments.validation.report FULL.json [AGAIN.json ...] [--write README.md]
 
+Sections of a later file take the place of those of an earlier one: what was run again counts.
 `--write` puts the matrix between the lines `<!-- results:validation -->` and `<!-- /results -->`.
 A cell says how many faults were detected, and how many were harmless: "120 + 3". What was missed
 stands in bold.
@@ -99,7 +100,7 @@ def markdown(found: Row) -> str:
         f"{found['injected']:,} faults injected: "
         f"{found['detected']:,} detected, {found['harmless']:,} harmless, "
         f"{found['MISSED']} missed (`--{found['effort']}`, seed {found['seed']}). "
-        f"{provenance([found])}"
+        f"{provenance(found['runs'])}"
     )
     return "\n\n".join(blocks)
 
@@ -131,11 +132,23 @@ def _cell(counts: Counter[str] | None) -> str:
     return cell + (f" **{missed:,} missed**" if missed else "")
 
 
+def merged(runs: Sequence[Row]) -> dict[str, Any]:
+    """Runs as one, with each section from the last that has it."""
+    last = {row["section"]: i for i, run in enumerate(runs) for row in run["rows"]}
+    rows = [row for i, run in enumerate(runs) for row in run["rows"] if last[row["section"]] == i]
+    names = ["injected", *(outcome.value for outcome in _OUTCOMES)]
+    return {**runs[0], "runs": list(runs), "rows": rows,
+            **{name: sum(row[name] for row in rows) for name in names}}  # fmt: skip
+
+
 def _run(args: argparse.Namespace) -> int:
-    try:
-        table = markdown(json.loads(args.found.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise GGUFShardError(f"{args.found}: not what the suite writes: {error!r}") from None
+    runs = []
+    for path in args.found:
+        try:
+            runs.append(json.loads(path.read_text(encoding="utf-8")))
+            table = markdown(merged(runs))
+        except (ValueError, KeyError, TypeError) as error:
+            raise GGUFShardError(f"{path}: not what the suite writes: {error!r}") from None
     if args.write is None:
         print(table)
         return 0
@@ -150,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m experiments.validation.report",
         description="The matrix of a recorded run of the validation suite.",
     )
-    parser.add_argument("found", type=Path, metavar="FOUND.json", help="what --json wrote")
+    parser.add_argument("found", type=Path, nargs="+", metavar="FOUND.json",
+                        help="what --json wrote")  # fmt: skip
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put it in this file")
     parser.set_defaults(run=_run)
     return run_command(parser.parse_args(argv))

@@ -81,3 +81,22 @@ def test_what_is_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert capsys.readouterr().err.startswith(f"{path}: not what the suite writes: ")
     assert report.main([str(tmp_path / "missing.json")]) == 1
     assert "No such file" in capsys.readouterr().err
+
+
+def test_what_was_run_again_counts(matrix: Matrix) -> None:
+    first = report.as_json(matrix, [], "full", 0)
+    again = Matrix()
+    probe = Probe("chaos", "bit flip", "core.gguf", "place 5", lambda: Outcome.DETECTED)
+    again.add(Result(probe, Outcome.DETECTED))
+    found = report.merged([first, report.as_json(again, [], "full", 0)])
+    assert [(row["section"], row["fault"]) for row in found["rows"]] == [
+        ("integrity", "none: every type"),
+        ("chaos", "bit flip"),
+    ]
+    assert (found["injected"], found["detected"], found["harmless"], found["MISSED"]) == (
+        4,
+        1,
+        3,
+        0,
+    )
+    assert "4 faults injected" in report.markdown(found)
