@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -157,13 +158,6 @@ def serve_one(request: dict[str, Any]) -> list[dict[str, Any] | None]:
     return answers
 
 
-def _raw_bytes(version: int) -> factory.Tensor:
-    """A tensor of a type that nobody knows, of whose bytes half depend on the version."""
-    data = bytearray(factory.random_bytes(9000))
-    data[::2] = bytes(byte ^ version for byte in data[::2])
-    return factory.Tensor("raw", factory.UNKNOWN_TYPE, (7,), bytes(data))
-
-
 def _warm_up() -> None:
     """Import what commands import late, and compile or load their loops."""
     import atlas.run_command  # noqa: F401
@@ -178,8 +172,10 @@ def _warm_up() -> None:
         model = str(factory.write(folder / "small.gguf", factory.small_model()))
         newer = str(factory.write(folder / "newer.gguf", factory.newer_small_model()))
         shard_map, patch = str(folder / "core.sgmap"), str(folder / "patch")
-        raw = [str(factory.write(folder / f"raw{i}.gguf", factory.gguf([_raw_bytes(i)])))
-               for i in range(2)]  # fmt: skip
+        # Held against it every page of every type has changed, and not all at random.
+        blank = [replace(tensor, data=bytes(len(tensor.data)))
+                 for tensor in factory.small_tensors()]  # fmt: skip
+        zeros = str(factory.write(folder / "zeros.gguf", factory.gguf(blank)))
         for arguments in (
             ["info", model],
             ["shard", model, "-o", name],
@@ -188,7 +184,7 @@ def _warm_up() -> None:
             ["diff", model, newer, "-o", patch, "--reversible"],
             ["apply", model, patch, "-o", f"{name}/made.gguf"],
             ["apply", shard_map, patch, "--in-place"],
-            ["diff", *raw, "-o", f"{name}/raw"],
+            ["diff", zeros, newer, "-o", f"{name}/of-zeros"],
             ["apply", *other, "-o", f"{name}/modes.gguf"],
             ["shard", str(llama_model), "-o", name, "--force"],
             ["run", shard_map, *run],
