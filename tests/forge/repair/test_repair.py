@@ -6,9 +6,7 @@ import errno
 import json
 import os
 import random
-import shutil
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,96 +18,25 @@ from experiments.validation import gguf_factory as factory
 from forge import model_sharding_tool as tool
 from forge import repair
 from forge.block_layouts import MEMORY_LAYOUTS, block_layout
-from forge.errors import GGUFShardError
-from forge.journal import JournalWriter
 from forge.pages import PAGE_BYTES
-from forge.pending_file import PendingFile, journal_path
+from forge.pending_file import journal_path
 from forge.repair import RepairResult, repair_model
 from forge.sgmap import core_path
 from forge.sgmap_reader import load_map
 from forge.shard import ShardOptions, shard_model
 from forge.verify import verify_model
-
-N_PAGES = 15
-TABLE = PAGE_BYTES * (1 + N_PAGES)
-#: CRC32 is linear: adding a multiple of its polynomial leaves tag and table as they are.
-POLYNOMIAL = int(f"{0x104C11DB7:033b}"[::-1], 2).to_bytes(5, "little")
-
-
-@pytest.fixture
-def sharded(model: Path, tmp_path: Path) -> Path:
-    """Two pages a shard, in a folder of its own."""
-    path = shard_model(model, tmp_path / "out", ShardOptions(pages_per_shard=2))
-    assert load_map(path).n_pages == N_PAGES
-    return path
-
-
-@pytest.fixture
-def pages(sharded: Path) -> Path:
-    return core_path(sharded)
-
-
-@pytest.fixture
-def copy(sharded: Path, tmp_path: Path) -> Path:
-    """An intact copy of the sharded model; its map."""
-    shutil.copytree(sharded.parent, tmp_path / "copy")
-    return tmp_path / "copy" / "core.sgmap"
-
-
-@pytest.fixture
-def other(tmp_path: Path) -> Path:
-    """Another model of the same shape."""
-    return factory.write(tmp_path / "other.gguf", factory.small_model(seed=100))
-
-
-def edit(path: Path, *changes: tuple[int, bytes]) -> bytes:
-    """Overwrite bytes of a file at offsets; returns what it held before."""
-    before = path.read_bytes()
-    after = bytearray(before)
-    for offset, data in changes:
-        after[offset : offset + len(data)] = data
-    path.write_bytes(after)
-    return before
-
-
-def page(number: int, content: bytes) -> bytes:
-    return content[PAGE_BYTES * (1 + number) : PAGE_BYTES * (2 + number)]
-
-
-def at(number: int, within: int = 0) -> int:
-    """Offset of a byte of a page."""
-    return PAGE_BYTES * (1 + number) + within
-
-
-def flipped(path: Path, offset: int, bit: int = 0) -> tuple[int, bytes]:
-    return offset, bytes([path.read_bytes()[offset] ^ 1 << bit])
-
-
-def added(path: Path, offset: int, data: bytes) -> tuple[int, bytes]:
-    """A change that XORs `data` in."""
-    old = path.read_bytes()[offset : offset + len(data)]
-    return offset, bytes(a ^ b for a, b in zip(old, data, strict=True))
-
-
-def assert_repairs(map_path: Path, source: Path, good: bytes) -> RepairResult:
-    """Everything is right afterwards, nothing is left behind, and another call finds nothing."""
-    result = repair_model(map_path, source)
-    assert result.ok and result.repaired
-    assert core_path(map_path).read_bytes() == good
-    assert sorted(p.name for p in map_path.parent.iterdir()) == ["core.gguf", "core.sgmap"]
-    assert repair_model(map_path, source) == RepairResult(N_PAGES)
-    return result
-
-
-def assert_refused(map_path: Path, source: Path, reason: str) -> str:
-    """One line, and nothing has changed or is left behind."""
-    files = {p.name: p.read_bytes() for p in map_path.parent.iterdir()}
-    with pytest.raises(GGUFShardError) as error:
-        repair_model(map_path, source)
-    assert reason in str(error.value) and "\n" not in str(error.value), error.value
-    assert {p.name: p.read_bytes() for p in map_path.parent.iterdir()} == files
-    return str(error.value)
-
+from tests.repair_factory import (
+    N_PAGES,
+    POLYNOMIAL,
+    TABLE,
+    added,
+    assert_refused,
+    assert_repairs,
+    at,
+    edit,
+    flipped,
+    page,
+)
 
 # ---- damage ----
 
@@ -364,177 +291,6 @@ def test_a_damaged_digest_in_the_map_is_refused(
         sharded.write_bytes(good[:place] + wrong + good[place + 1 :])
         for source in (model, copy):
             assert_refused(sharded, source, "digests.")
-
-
-# ---- others at work, kills, refusals of the system ----
-
-
-def test_somebody_else_writes(sharded: Path, pages: Path, model: Path) -> None:
-    good = edit(pages, flipped(pages, at(3)))
-    with JournalWriter(sharded, [(pages.name, len(good))], 0):
-        assert_refused(sharded, model, "another process is writing it")
-    with PendingFile(sharded, 0, force=True):
-        assert_refused(sharded, model, "another process is writing it")
-        pages.unlink()
-        assert_refused(sharded, model, "another process is writing it")
-
-
-def test_a_model_replaced_meanwhile(
-    sharded: Path, pages: Path, model: Path, other: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    open_source = repair.open_repair_source
-
-    def meanwhile(*arguments: Any) -> Any:
-        shard_model(other, sharded.parent, ShardOptions(pages_per_shard=2), force=True)
-        return open_source(*arguments)
-
-    monkeypatch.setattr(repair, "open_repair_source", meanwhile)
-    for damage in (lambda: edit(pages, flipped(pages, at(3))), pages.unlink):
-        shard_model(model, sharded.parent, ShardOptions(pages_per_shard=2), force=True)
-        damage()
-        with pytest.raises(GGUFShardError, match="changed while it was read"):
-            repair_model(sharded, model)
-        assert verify_model(sharded, against=other).ok
-
-
-def test_what_others_left_is_finished_first(
-    sharded: Path, pages: Path, model: Path, tmp_path: Path
-) -> None:
-    """Pages that have not got their name yet; a journal, without which there is not even a map."""
-    good, text = pages.read_bytes(), sharded.read_bytes()
-    pages.rename(pages.with_name("core.gguf.sgnew"))
-    assert repair_model(sharded, tmp_path / "none") == RepairResult(N_PAGES)
-    assert pages.read_bytes() == good
-    edit(pages, flipped(pages, at(6)))
-    with JournalWriter(sharded, [(pages.name, len(good)), (sharded.name, len(text))], 0) as journal:
-        journal.record(0, at(3), page(3, good))
-        journal.record(1, 0, text[:100])
-        journal.commit()
-    edit(sharded, (0, b"{half"))
-    edit(pages, flipped(pages, at(3)))
-    (fault,) = assert_repairs(sharded, model, good).repaired
-    assert fault.page == 6
-    with JournalWriter(sharded, [(pages.name, len(good))], 0) as journal:
-        journal.record(0, at(3), page(3, good))
-        journal.commit()
-    edit(journal_path(sharded), (0, b"X"))
-    pages.unlink()
-    assert_refused(sharded, model, "cannot be finished; delete it and replace the model")
-
-
-def killed_at(k: int, work: Callable[[], object]) -> bool:
-    """Run `work` in a process that ends at the k-th call that changes anything on the disk."""
-    pid = os.fork()
-    if pid == 0:
-        left = k
-
-        def dying(call: Callable[..., Any]) -> Callable[..., Any]:
-            def counted(*arguments: Any) -> Any:
-                nonlocal left
-                left -= 1
-                if left < 0:
-                    os._exit(0)
-                return call(*arguments)
-
-            return counted
-
-        try:
-            for name in ("pwrite", "fsync", "replace", "unlink", "ftruncate"):
-                setattr(os, name, dying(getattr(os, name)))
-            work()
-            os._exit(1)
-        finally:
-            os._exit(2)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status in (0, 1)
-    return status == 0
-
-
-@pytest.mark.parametrize("damage", ["pages", "missing"])
-def test_killed_at_any_point(damage: str, sharded: Path, pages: Path, model: Path) -> None:
-    """The old file or the new one, at the latest when the model is opened; then it is repaired."""
-    good = pages.read_bytes()
-    k = 0
-    n_finished = 0
-    while True:
-        if damage == "missing":
-            pages.unlink()
-        else:
-            edit(pages, flipped(pages, at(3)), flipped(pages, at(11)), flipped(pages, TABLE + 60))
-        n_bad = len(verify_model(sharded).bad)
-        if not killed_at(k, lambda: repair_model(sharded, model)):
-            break
-        bad = verify_model(sharded).bad  # which finishes what was begun
-        assert len(bad) in (0, n_bad)
-        n_finished += not bad
-        if bad:
-            assert repair_model(sharded, model).ok
-        assert pages.read_bytes() == good
-        k += 1
-    assert pages.read_bytes() == good
-    assert k > 10 and 0 < n_finished < k
-    assert sorted(p.name for p in sharded.parent.iterdir()) == ["core.gguf", "core.sgmap"]
-
-
-@pytest.mark.parametrize("name", ["pwrite", "fsync", "replace", "ftruncate"])
-@pytest.mark.parametrize("damage", ["pages", "missing"])
-def test_a_disk_that_refuses(
-    damage: str, name: str, sharded: Path, pages: Path, model: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    good = edit(pages, flipped(pages, at(3)))
-    if damage == "missing":
-        pages.unlink()
-
-    def failing(*_: Any) -> Any:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, name, failing)
-        with pytest.raises((GGUFShardError, OSError), match="No space left on device"):
-            repair_model(sharded, model)
-    assert sorted(p.name for p in sharded.parent.iterdir() if p != pages) == ["core.sgmap"]
-    assert_repairs(sharded, model, good)
-
-
-def test_pages_that_come_out_wrong_are_not_put_in_place(
-    sharded: Path, pages: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pages.unlink()
-    pwrite = os.pwrite
-
-    def rotten(descriptor: int, data: Any, offset: int) -> int:
-        return pwrite(descriptor, bytes(len(data)) if offset == at(4) else data, offset)
-
-    monkeypatch.setattr(os, "pwrite", rotten)
-    assert_refused(sharded, model, "page 4: wrong after writing")
-
-
-def test_a_new_file_is_durable_before_it_can_be_taken_for_one(
-    sharded: Path, pages: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No kill shows this, only a power cut: all pages reach the disk before the table is written,
-    and the table does before the file has its name."""
-    pages.unlink()
-    log: list[Any] = []
-
-    def logged(name: str) -> None:
-        call = getattr(os, name)
-
-        def logging(what: Any, *rest: Any) -> Any:
-            path = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else str(what)
-            if path.endswith("core.gguf.sgnew"):
-                log.append((name, rest[-1] if name == "pwrite" else None))
-            return call(what, *rest)
-
-        monkeypatch.setattr(os, name, logging)
-
-    for name in ("pwrite", "fsync", "replace"):
-        logged(name)
-    repair_model(sharded, model)
-    assert [offset for _, offset in log[:8]] == [at(n) for n in range(0, N_PAGES, 2)]
-    fsync, replace = ("fsync", None), ("replace", None)
-    assert log[8:] == [fsync, ("pwrite", 0), ("pwrite", TABLE), fsync, replace]
 
 
 # ---- the command ----
