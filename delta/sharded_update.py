@@ -29,12 +29,12 @@ from forge.crc32 import CONTENT_BYTES
 from forge.errors import GGUFShardError
 from forge.journal import JournalWriter, finish_journal
 from forge.page_plan import plan_pages
-from forge.pages import PAGE_BYTES, pack_blocks, pack_raw
+from forge.pages import PAGE_BYTES
 from forge.pending_file import take_lock
 from forge.progress import progress_bar
 from forge.sgmap import ShardMap, SourcePart, TensorEntry, render_map
 from forge.sgmap_reader import parse_map
-from forge.shard import ShardOptions, build_map, shard_model
+from forge.shard import ShardOptions, build_map, pack_pages, shard_model
 from forge.shard_scan import check_pages
 from forge.sharded_model import ShardedModel
 from forge.source_bytes import SourceBytes
@@ -95,22 +95,17 @@ class _PagesSink(PageSink):
     def put_header(self, part: int, data: bytes) -> None:
         if data == self._bound.base.header_bytes(part):
             return
-        content = np.frombuffer(data, np.uint8)
-        pages = np.empty((-(-len(data) // CONTENT_BYTES), PAGE_BYTES), np.uint8)
-        self._record(self._raw[part, 0], pages, pack_raw(content, pages))
+        self._record(self._raw[part, 0], *pack_pages(np.frombuffer(data, np.uint8), None))
 
     def put(self, run: Run, first_page: int, data: np.ndarray) -> None:
         if run.kind == PADDING and (run.part, run.offset) not in self._raw:
             return  # zero, as its pages would be
-        pages = np.empty((-(-len(data) // run.page_bytes), PAGE_BYTES), np.uint8)
         if run.ggml_type is None:
-            place = self._raw[run.part, run.offset]
-            crcs = pack_raw(data, pages)
+            place, layout = self._raw[run.part, run.offset], None
         else:
             place = self._slices[run.name, run.index]
-            blocks = np.ascontiguousarray(data)
-            crcs = pack_blocks(blocks, block_layout(run.ggml_type, self._layout), pages)
-        self._record(place + first_page, pages, crcs)
+            layout = block_layout(run.ggml_type, self._layout)
+        self._record(place + first_page, *pack_pages(np.ascontiguousarray(data), layout))
 
     def read_into(self, part: int, offset: int, buffer: np.ndarray) -> None:
         buffer[:] = self._source.read(part, offset, len(buffer))

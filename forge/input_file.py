@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
 from typing import NamedTuple
 
 from forge.errors import GGUFShardError
+
+_HASH_CHUNK = 8 << 20
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -65,3 +68,11 @@ def read_fully(descriptor: int, buffer: memoryview, offset: int, path: object) -
                 f"{path}: offset {offset + done}: the file ends, {len(buffer) - done} bytes short"
             )
         done += n
+
+
+def sha256_of(file: io.FileIO) -> str:
+    """SHA-256 of the rest of an open file, hexadecimal."""
+    digest = hashlib.sha256()
+    while chunk := file.read(_HASH_CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()

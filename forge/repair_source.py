@@ -10,30 +10,25 @@ it against the map.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from forge.block_layouts import BlockLayout
 from forge.core_file import CoreFile, core_bytes
-from forge.crc32 import CONTENT_BYTES
 from forge.errors import GGUFShardError
-from forge.input_file import open_input, read_fully
+from forge.input_file import open_input, read_fully, sha256_of
 from forge.pages import PAGE_BYTES, tag_pages
 from forge.pending_file import journal_path
 from forge.sgmap import ShardMap, core_path
 from forge.shard import pack_pages
+from forge.source_bytes import SourceRun, source_runs
 from forge.split_model import part_paths
-
-_HASH_CHUNK = 8 << 20
 
 
 class RepairSource(Protocol):
@@ -71,38 +66,6 @@ class _CopiedPages:
         self._core.close()
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Consecutive pages that hold consecutive source bytes."""
-
-    first_page: int
-    pages: int
-    part: int
-    offset: int
-    bytes: int
-    layout: BlockLayout | None  # None: raw bytes
-
-    @property
-    def end_page(self) -> int:
-        return self.first_page + self.pages
-
-    @property
-    def page_bytes(self) -> int:
-        """Source bytes in each of its pages but the last."""
-        return self.layout.bytes * self.layout.per_page if self.layout else CONTENT_BYTES
-
-
-def _runs(shard_map: ShardMap) -> list[_Run]:
-    """All runs in page order."""
-    runs = [_Run(r.first_page, r.pages, r.part, r.offset, r.bytes, None) for r in shard_map.raw]
-    for t in shard_map.tensors:
-        layout = t.layout(shard_map.atlas.memory_layout)
-        for i, s in enumerate(t.slices):
-            offset = t.offset + i * t.slice_bytes
-            runs.append(_Run(s.first_page, s.pages, t.part, offset, t.slice_bytes, layout))
-    return sorted((run for run in runs if run.pages), key=lambda run: run.first_page)
-
-
 class _CutPages:
     """The pages that cutting the source files anew gives."""
 
@@ -110,7 +73,8 @@ class _CutPages:
         self.path = paths[0]
         self._paths = paths
         self._parts = shard_map.source
-        self._runs = _runs(shard_map)
+        runs = (run for run in source_runs(shard_map) if run.pages)
+        self._runs = sorted(runs, key=lambda run: run.first_page)
         self._first_pages = [run.first_page for run in self._runs]
         with ExitStack() as stack:
             self._files: list[io.FileIO] = []
@@ -136,7 +100,7 @@ class _CutPages:
             index += 1
         return pages
 
-    def _cut(self, run: _Run, begin: int, end: int) -> np.ndarray:
+    def _cut(self, run: SourceRun, begin: int, end: int) -> np.ndarray:
         """Pages `begin` to `end` - 1 of a run."""
         skipped = (begin - run.first_page) * run.page_bytes
         kept = min((end - run.first_page) * run.page_bytes, run.bytes)
@@ -148,18 +112,14 @@ class _CutPages:
     def differences(self) -> list[str]:
         found = []
         for path, file, part in zip(self._paths, self._files, self._parts, strict=True):
-            digest = hashlib.sha256()
             try:
                 file.seek(0)
-                while chunk := file.read(_HASH_CHUNK):
-                    digest.update(chunk)
+                sha256 = sha256_of(file)
             except OSError as error:
                 found.append(f"{path}: {error.strerror}")
                 continue
-            if digest.hexdigest() != part.sha256:
-                found.append(
-                    f"{path}: has SHA-256 {digest.hexdigest()}, the map says {part.sha256}"
-                )
+            if sha256 != part.sha256:
+                found.append(f"{path}: has SHA-256 {sha256}, the map says {part.sha256}")
         return found
 
     def close(self) -> None:

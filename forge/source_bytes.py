@@ -44,17 +44,25 @@ class CheckedPages(Protocol):
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Consecutive source bytes that lie in consecutive pages."""
+class SourceRun:
+    """Consecutive source bytes that lie in consecutive pages; raw bytes have no layout."""
 
+    part: int
     offset: int
     bytes: int
     first_page: int
-    layout: BlockLayout | None  # None: raw bytes
+    pages: int
+    layout: BlockLayout | None
 
     @property
     def end(self) -> int:
+        """Past its last source byte."""
         return self.offset + self.bytes
+
+    @property
+    def end_page(self) -> int:
+        """Past its last page."""
+        return self.first_page + self.pages
 
     @property
     def page_bytes(self) -> int:
@@ -68,20 +76,21 @@ class _Piece:
 
     offset: int
     bytes: int
-    run: _Run | None = None
+    run: SourceRun | None = None
 
 
-def _runs(shard_map: ShardMap, part: int) -> list[_Run]:
-    runs = [_Run(r.offset, r.bytes, r.first_page, None) for r in shard_map.raw if r.part == part]
+def source_runs(shard_map: ShardMap) -> list[SourceRun]:
+    """All runs of a model, in no particular order."""
+    runs = [SourceRun(r.part, r.offset, r.bytes, r.first_page, r.pages, None)
+            for r in shard_map.raw]  # fmt: skip
     for tensor in shard_map.tensors:
-        if tensor.part == part:
-            layout = tensor.layout(shard_map.atlas.memory_layout)
-            size = tensor.slice_bytes
-            runs += [
-                _Run(tensor.offset + i * size, size, s.first_page, layout)
-                for i, s in enumerate(tensor.slices)
-            ]
-    return sorted(runs, key=lambda run: run.offset)
+        layout = tensor.layout(shard_map.atlas.memory_layout)
+        size = tensor.slice_bytes
+        runs += [
+            SourceRun(tensor.part, tensor.offset + i * size, size, s.first_page, s.pages, layout)
+            for i, s in enumerate(tensor.slices)
+        ]
+    return runs
 
 
 def _zeros(begin: int, end: int) -> Iterator[_Piece]:
@@ -89,7 +98,7 @@ def _zeros(begin: int, end: int) -> Iterator[_Piece]:
         yield _Piece(offset, min(_ZERO_CHUNK, end - offset))
 
 
-def _pieces_of_run(run: _Run, begin: int, end: int) -> Iterator[_Piece]:
+def _pieces_of_run(run: SourceRun, begin: int, end: int) -> Iterator[_Piece]:
     """Bytes `begin` to `end` of the source, which lie in the run; pieces end where pages do."""
     while begin < end:
         page = (begin - run.offset) // run.page_bytes
@@ -113,7 +122,9 @@ class SourceBytes:
 
     def __init__(self, model: CheckedPages) -> None:
         self._model = model
-        self._runs = [_runs(model.map, part) for part in range(len(model.map.source))]
+        self._runs: list[list[SourceRun]] = [[] for _ in model.map.source]
+        for run in sorted(source_runs(model.map), key=lambda run: run.offset):
+            self._runs[run.part].append(run)
         self._offsets = [[run.offset for run in runs] for runs in self._runs]
 
     def read(self, part: int, offset: int, n_bytes: int) -> np.ndarray:

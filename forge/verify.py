@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from forge.errors import GGUFShardError
+from forge.input_file import open_input, sha256_of
 from forge.progress import progress_bar
 from forge.sgmap import ShardMap
 from forge.shard_scan import PageCheck, faulty_pages, scan_shards
 from forge.sharded_model import ShardedModel
 from forge.split_model import part_paths
-
-_HASH_CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -144,13 +142,14 @@ def _verify_source(shard_map: ShardMap, path: Path, result: VerifyResult) -> Non
         return
     for file, source in zip(paths, shard_map.source, strict=True):
         try:
-            digest = hashlib.sha256()
-            with open(file, "rb") as data:
-                while chunk := data.read(_HASH_CHUNK):
-                    digest.update(chunk)
+            with open_input(file) as data:
+                sha256 = sha256_of(data)
         except OSError as error:
             result.bad.append(Fault(None, None, None, f"{file}: {error.strerror}"))
             continue
-        if digest.hexdigest() != source.sha256:
-            reason = f"{file}: has SHA-256 {digest.hexdigest()}, the map says {source.sha256}"
+        except GGUFShardError as error:  # not a regular file
+            result.bad.append(Fault(None, None, None, str(error)))
+            continue
+        if sha256 != source.sha256:
+            reason = f"{file}: has SHA-256 {sha256}, the map says {source.sha256}"
             result.bad.append(Fault(None, None, None, reason))

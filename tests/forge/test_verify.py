@@ -240,3 +240,9 @@ def test_against_reads_the_copy_it_is_given(tmp_path: Path) -> None:
     assert str(fault).startswith(f"{copies[1]}: has SHA-256")
     (fault,) = verify_model(map_path, against=copies[1]).bad
     assert "is not the first part of a split model" in str(fault)
+
+
+def test_a_source_that_is_a_pipe_is_not_waited_for(sharded: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (fault,) = verify_model(sharded, tmp_path / "pipe.gguf").bad
+    assert fault.reason == f"{tmp_path / 'pipe.gguf'}: is not a regular file"
