@@ -2,7 +2,7 @@
 
     python -m experiments.validation.mutations [--only NAME,...] [--list]
 
-Each mutation changes one line of a module as it is loaded, in a process of its own; nothing on disk
+Each mutation changes a line or two of a module as it is loaded, in a process of its own; nothing on disk
 changes, and loops that were compiled for the sources stay valid. The parts of the suite that should
 notice then run with little effort. A protection that nobody misses is either no protection or has
 no test: either way the exit code is 1.
@@ -45,6 +45,8 @@ class Mutation:
         Where it is.
     old, new
         A piece of that module's text, which occurs in it once, and what takes its place.
+    also
+        More such pairs: protections that stand in for each other go together.
     parts
         Modules of the suite that notice.
     faults
@@ -57,6 +59,12 @@ class Mutation:
     new: str
     parts: tuple[str, ...]
     faults: tuple[str, ...] = ()
+    also: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def changes(self) -> tuple[tuple[str, str], ...]:
+        """All pairs of old and new text."""
+        return (self.old, self.new), *self.also
 
 
 MUTATIONS = (
@@ -74,7 +82,8 @@ MUTATIONS = (
              "if found != expected and shard not in bad_shards:", "if False:",
              ("integrity", "map_damage")),
     Mutation("digests and spelling of the map", "forge.sgmap_reader",
-             "if canonical != data:", "if False:", ("map_damage",)),
+             "if canonical != data:", "if False:", ("map_damage",), ("bit flip",),
+             (("if of_sections[name] != _digest(read, name, value):", "if False:"),)),
     Mutation("header and padding of core.gguf", "forge.core_file",
              "different = np.flatnonzero(found != np.frombuffer(expected, np.uint8))",
              "different = np.zeros(0, np.int64)", ("damage",)),
@@ -82,8 +91,9 @@ MUTATIONS = (
              "if size != core_bytes(n_pages):", "if False:", ("damage",)),
     Mutation("SHA-256 of what is restored", "forge.restore",
              "if digest.hexdigest() != source.sha256:", "if False:", ("integrity", "map_damage")),
-    Mutation("most that a GGUF header holds", "forge.gguf_file",
-             "if value > most:", "if False:", ("hostile",), ("header too large",)),
+    Mutation("bounds of a GGUF header", "forge.gguf_file",
+             "if value * smallest > self.remaining:", "if False:", ("hostile",),
+             ("count too large", "header too large"), (("if value > most:", "if False:"),)),
     Mutation("overlapping tensors", "forge.gguf_file",
              'raise cursor.fail(field, f"{n_bytes} bytes at {offset} overlap the next tensor")',
              "pass", ("hostile",), ("wrong offset",)),
@@ -155,7 +165,7 @@ def who_notices(mutation: Mutation) -> str | None:
         If the suite cannot be run.
     """
     with tempfile.TemporaryDirectory(prefix="gguf-shard-") as folder:
-        change = mutation.module, mutation.old, mutation.new
+        change = mutation.module, *mutation.changes
         customize = f"import experiments.validation.mutated_import as m\nm.install(*{change!r})"
         Path(folder, "sitecustomize.py").write_text(customize, encoding="utf-8")
         done = subprocess.run(

@@ -29,7 +29,7 @@ def test_each_protection_is_where_the_list_says(mutation: Mutation) -> None:
     spec = importlib.util.find_spec(mutation.module)
     assert spec is not None and spec.origin is not None
     text = Path(spec.origin).read_text(encoding="utf-8")
-    changed = changed_text(text, mutation.module, mutation.old, mutation.new)
+    changed = changed_text(text, mutation.module, *mutation.changes)
     compile(changed, spec.origin, "exec")
     assert changed != text
     for part in mutation.parts:
