@@ -2,10 +2,10 @@
 
     python -m experiments.validation.mutations [--only NAME,...] [--list]
 
-Each mutation changes a line or two of a module as it is loaded, in a process of its own; nothing on disk
-changes, and loops that were compiled for the sources stay valid. The parts of the suite that should
-notice then run with little effort. A protection that nobody misses is either no protection or has
-no test: either way the exit code is 1.
+Each mutation changes a line or two of a module as it is loaded, in a process of its own; nothing on
+disk changes, and loops that were compiled for the sources stay valid. The parts of the suite that
+should notice then run with little effort. A protection that nobody misses is either no protection
+or has no test: either way the exit code is 1.
 """
 
 from __future__ import annotations
