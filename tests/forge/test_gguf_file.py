@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from experiments.validation import gguf_factory as factory
 from experiments.validation.gguf_factory import Tensor
+from forge import gguf_file
 from forge.errors import GGUFShardError
 from forge.gguf_file import parse_header, read_gguf
 from forge.split_model import read_model
@@ -385,3 +386,23 @@ def test_more_than_any_model_has(data: bytes, says: str) -> None:
     """Though the file is as large as it says."""
     with pytest.raises(GGUFShardError, match=says):
         parse_header(data, "model.gguf")
+
+
+def test_headers_are_read_in_steps(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = read_gguf(model)
+    for first in (1, 8, 24, usual.header_bytes - 1, usual.header_bytes, usual.header_bytes + 1):
+        steps = (first, 2 * first, gguf_file.MAX_HEADER_BYTES)
+        monkeypatch.setattr(gguf_file, "_HEADER_READS", steps)
+        assert read_gguf(model).tensors == usual.tensors
+        with pytest.raises(GGUFShardError, match="do not lie in the file"):
+            read_gguf(factory.write(model.with_name("cut"), model.read_bytes()[:-5000]))
+
+
+def test_a_header_of_megabytes(tmp_path: Path) -> None:
+    words = [f"word {i}" for i in range(150_000)]
+    data = factory.gguf(
+        [factory.blocks("a", Type.F32, 8)], [factory.array("tokens", factory.STRING, words)]
+    )
+    header = read_gguf(factory.write(tmp_path / "model.gguf", data))
+    assert header.header_bytes > 2 << 20
+    assert header.metadata["tokens"] == words and header.tensors[0].name == "a"
