@@ -18,7 +18,7 @@ import pytest
 from atlas.infer.generate import generate
 from atlas.infer.model import LlamaModel
 from atlas.infer.sampling import Sampler
-from atlas.target import CpuTarget
+from atlas.target import CpuTarget, CudaTarget, Target
 from forge.gguf_file import read_gguf
 from forge.shard import shard_model
 from forge.sharded_model import ShardedModel
@@ -59,6 +59,8 @@ def sharded(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     def cut(name: str) -> Path:
         stem = name.removesuffix(".deq")
         if stem not in maps:
+            if not (models / f"{stem}.gguf").exists():
+                pytest.skip(f"no {stem}.gguf in {models}")
             folder = tmp_path_factory.mktemp(stem)
             maps[stem] = shard_model(models / f"{stem}.gguf", folder)
         return maps[stem]
@@ -72,17 +74,20 @@ def records(reference: Path, name: str) -> list[Record]:
     return runs
 
 
-def is_as_recorded(tokens: list[int], run: Record) -> bool:
+def is_as_recorded(tokens: list[int], run: Record, narrow: float = _NARROW_MARGIN) -> bool:
     """Whether greedy tokens are the recorded ones, up to where rounding could decide."""
     margins = run["margins"][: len(tokens)]
-    certain = next((i for i, m in enumerate(margins) if m < _NARROW_MARGIN), len(tokens))
+    certain = next((i for i, m in enumerate(margins) if m < narrow), len(tokens))
     return tokens[:certain] == run["greedy_ids"][:certain]
 
 
-def opened(map_path: Path, budget: str, policy: str, n_context: int) -> LlamaModel:
+def opened(
+    map_path: Path, budget: str, policy: str, n_context: int, target: Target | None = None
+) -> LlamaModel:
     return LlamaModel(
-        ShardedModel(map_path), CpuTarget(), parse_size(budget), n_context=n_context, policy=policy
-    )
+        ShardedModel(map_path), target or CpuTarget(), parse_size(budget), n_context=n_context,
+        policy=policy,
+    )  # fmt: skip
 
 
 def check(
@@ -97,6 +102,24 @@ def check(
     assert np.abs(result.prompt_logits - want).max() <= bound
     assert len(result.tokens) == n
     assert is_as_recorded(result.tokens, run)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("budget", ["100%", "40%"])
+def test_they_are_on_a_device(
+    sharded: Callable[[str], Path], reference: Path, name: str, budget: str
+) -> None:
+    """Prompts go through tensor cores there, whose operands have 16 bits: of the best logits, more
+    must lie between them."""
+    for run in records(reference, name):
+        prompt, target = run["prompt_ids"], CudaTarget()
+        with opened(sharded(name), budget, "pin", len(prompt) + 64, target) as model:
+            result = generate(model, prompt, 64, Sampler(0))
+            assert target.peak_bytes <= model.atlas.budget_bytes
+        want = np.load(reference / run["logits_file"])
+        assert np.abs(result.prompt_logits - want).max() <= 1e-2 * np.abs(want).max()
+        assert is_as_recorded(result.tokens, run, narrow=0.1)
 
 
 @pytest.mark.parametrize("name", FILES)

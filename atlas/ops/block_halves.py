@@ -48,13 +48,10 @@ class HalfDecoder(NamedTuple):
     ----------
     load, decode
         Device functions, see above.
-    n_raw
-        Words that `load` returns.
     """
 
     load: Any
     decode: Any
-    n_raw: int
 
 
 # --- fields of a block ---
@@ -346,14 +343,14 @@ def _as_it_is(raw, part):
 
 
 #: For plain elements of 16 bits, which others load.
-plain_decoder = HalfDecoder(None, _as_it_is, 8)
+plain_decoder = HalfDecoder(None, _as_it_is)
 
 _Q = GGMLQuantizationType
 HALF_DECODERS = {
-    _Q.Q8_0: HalfDecoder(_load_q8_0, _decode_q8_0, 5),
-    _Q.Q4_0: HalfDecoder(_load_q4_0, _decode_q4_0, 5),
-    _Q.Q5_0: HalfDecoder(_load_q5_0, _decode_q5_0, 6),
-    _Q.Q4_K: HalfDecoder(_load_q4_k, _decode_q4_k, 9),
-    _Q.Q5_K: HalfDecoder(_load_q5_k, _decode_q5_k, 13),
-    _Q.Q6_K: HalfDecoder(_load_q6_k, _decode_q6_k, 10),
+    _Q.Q8_0: HalfDecoder(_load_q8_0, _decode_q8_0),
+    _Q.Q4_0: HalfDecoder(_load_q4_0, _decode_q4_0),
+    _Q.Q5_0: HalfDecoder(_load_q5_0, _decode_q5_0),
+    _Q.Q4_K: HalfDecoder(_load_q4_k, _decode_q4_k),
+    _Q.Q5_K: HalfDecoder(_load_q5_k, _decode_q5_k),
+    _Q.Q6_K: HalfDecoder(_load_q6_k, _decode_q6_k),
 }

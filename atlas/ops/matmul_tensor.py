@@ -78,8 +78,8 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
     elements = PLAIN_GROUP if kind in PLAIN else block_layout(kind).elements  # of a slot
     per_page = np.uint32(block_layout(kind).per_page * block_layout(kind).elements // elements)
     decoder = plain_decoder if kind in PLAIN else HALF_DECODERS[kind]
-    fetch, decode, nothing = fetcher(kind), decoder.decode, (np.uint32(0),) * decoder.n_raw
-    is_whole = tile.planes == 1  # else planes may lie behind the row, with nothing to fetch
+    fetch, decode = fetcher(kind), decoder.decode
+    is_whole = tile.planes == 1  # else planes may lie behind the row, where weights are zero
     # From slice to slice a thread goes on by so many slots, or parts of a slot.
     columns = tile.planes * SLICE
     slots = np.uint32(columns // elements)
@@ -137,14 +137,14 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
         stored = row_place(fetched_row, np.uint32(half << np.uint32(1)))
         row = min(np.uint32(first_row + fetched_row), np.uint32(end - np.uint32(1)))
         column = np.uint32(plane * np.uint32(SLICE) + half * np.uint32(16))
-        start = np.uint64(np.uint64(row) * np.uint64(n_cols) + np.uint64(column))
+        first_column = column if is_whole or column < n_cols else np.uint32(half * np.uint32(16))
+        start = np.uint64(np.uint64(row) * np.uint64(n_cols) + np.uint64(first_column))
         block = np.uint64(start // np.uint64(elements))
         part = np.uint32(np.uint32(start % np.uint64(elements)) >> np.uint32(4))
         page = np.uint32(first_page + np.uint32(block // np.uint64(per_page)))
         slot = np.uint32(block % np.uint64(per_page))
         base = page_address(pool, table, shard_shift, page)
 
-        raw = nothing
         step = np.uint32(0)
         while True:
             stage = np.uint32((step & np.uint32(1)) * planes)
@@ -154,12 +154,9 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
                     np.uint32(first_token >> np.uint32(4)), last_group, np.uint32(step * planes),
                     thread,
                 )  # fmt: skip
-                if is_whole or column < n_cols:
-                    raw = fetch(
-                        pool, table, shard_shift, page, base, is_row_major, slot, part
-                    )  # fmt: skip
-                else:
-                    raw = nothing
+            # Behind the row it is once more what came last, and nobody looks at it: `raw` has one
+            # value a step, since NVVM 13.0 does not come to an end with tuples that change.
+            raw = fetch(pool, table, shard_shift, page, base, is_row_major, slot, part)
             if step > np.uint32(0):
                 other = np.uint32(planes - stage + plane)
                 multiply(
@@ -169,16 +166,19 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
             if step == n_steps:
                 break
             w0, w1, w2, w3, w4, w5, w6, w7 = decode(raw, part)
+            if not is_whole and column >= n_cols:
+                w0 = w1 = w2 = w3 = w4 = w5 = w6 = w7 = np.uint32(0)
             at = np.uint32((stage + plane) * plane_words + stored)
             store16(weights, at, w0, w1, w2, w3)
             store16(weights, np.uint32(at ^ np.uint32(4)), w4, w5, w6, w7)
             column = np.uint32(column + np.uint32(columns))
-            slot, part = np.uint32(slot + slots), np.uint32(part + parts)
-            if parts > np.uint32(0) and part >= parts_per_slot:
-                slot, part = np.uint32(slot + np.uint32(1)), np.uint32(part - parts_per_slot)
-            if slot >= per_page:
-                slot, page = np.uint32(slot - per_page), np.uint32(page + np.uint32(1))
-                base = page_address(pool, table, shard_shift, page)
+            if step + np.uint32(1) < n_steps if is_whole else column < n_cols:
+                slot, part = np.uint32(slot + slots), np.uint32(part + parts)
+                if parts > np.uint32(0) and part >= parts_per_slot:
+                    slot, part = np.uint32(slot + np.uint32(1)), np.uint32(part - parts_per_slot)
+                if slot >= per_page:
+                    slot, page = np.uint32(slot - per_page), np.uint32(page + np.uint32(1))
+                    base = page_address(pool, table, shard_shift, page)
             wait_for_copies()
             cuda.syncthreads()
             step = np.uint32(step + np.uint32(1))

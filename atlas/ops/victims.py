@@ -71,9 +71,8 @@ def frame_key(shard, rank, last, tick, lag, newest_first):
 
 
 @cuda.jit(device=True)
-def tally(seen, key):
+def tally(cold, normal, first, last, key):
     """Add a key to what a thread has seen: cold ones, normal ones, first and last order."""
-    cold, normal, first, last = seen
     order = np.uint32(key & np.uint32(_NORMAL - _ONE))
     cold = np.uint32(cold + (_ONE if key < _NORMAL else _NONE))
     normal = np.uint32(normal + (_ONE if key >= _NORMAL and key != _NO_KEY else _NONE))
@@ -85,7 +84,8 @@ def tally(seen, key):
 def scan(frame_shard, ticks, shard_rank, keys, n_frames, tick, lag, newest_first):
     """Make the keys of all frames; returns what the thread has seen of them."""
     end = np.uint32(n_frames - _ONE)
-    seen = _NONE, _NONE, _NO_KEY, _NONE
+    # Four variables, not a tuple that changes: NVVM 13.0 does not come to an end with those.
+    cold, normal, first, last = _NONE, _NONE, _NO_KEY, _NONE
     f0 = np.uint32(np.uint32(cuda.threadIdx.x) << np.uint32(2))
     while f0 < n_frames:
         f1, f2, f3 = (
@@ -104,9 +104,12 @@ def scan(frame_shard, ticks, shard_rank, keys, n_frames, tick, lag, newest_first
         k2 = frame_key(s2, r2, t2, tick, lag, newest_first) if f2 < n_frames else _NO_KEY
         k3 = frame_key(s3, r3, t3, tick, lag, newest_first) if f3 < n_frames else _NO_KEY
         store16(keys, f0, k0, k1, k2, k3)
-        seen = tally(tally(tally(tally(seen, k0), k1), k2), k3)
+        cold, normal, first, last = tally(cold, normal, first, last, k0)
+        cold, normal, first, last = tally(cold, normal, first, last, k1)
+        cold, normal, first, last = tally(cold, normal, first, last, k2)
+        cold, normal, first, last = tally(cold, normal, first, last, k3)
         f0 = np.uint32(f0 + np.uint32(4 * cuda.blockDim.x))
-    return seen
+    return cold, normal, first, last
 
 
 @cuda.jit(device=True)
