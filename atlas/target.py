@@ -36,7 +36,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # Numba finds grids of less than 128 blocks worth a warning. Here they are meant.
-warnings.filterwarnings("ignore", r"Grid size \d+ will likely result in GPU under-utilization")
+warnings.filterwarnings("ignore", r".*Grid size \d+ will likely result in GPU under-utilization")
 
 if config.ENABLE_CUDASIM and not config.DISABLE_JIT:
     raise RuntimeError(

@@ -115,8 +115,8 @@ class GpuBench:
     @cached_property
     def _environment(self) -> dict[str, Any]:
         facts = describe_environment()
-        if facts["commit"] is None:
-            facts["commit"] = self.commit
+        if self.commit is not None:
+            facts |= {"commit": self.commit, "dirty": None}
         for name in _PACKAGES:
             try:
                 facts["versions"][name] = importlib.metadata.version(name)

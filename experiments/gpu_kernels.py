@@ -15,6 +15,7 @@ from atlas.ops.crc32 import crc32_pages
 from atlas.ops.matmul import matmul
 from atlas.ops.matvec import matvec
 from atlas.ops.paged import PageCache, PagedMatrix
+from atlas.ops.round_tokens import GROUP, words_of_group
 from experiments.bench import Case, Variant
 from experiments.cases import OURS
 from experiments.gpu_bench import COPY, GpuBench, close_to
@@ -196,7 +197,8 @@ def _mat_mul_variant(bench: GpuBench, weights: Weights, host_x: np.ndarray) -> V
     target, matrix = bench.target, weights.matrix
     x = target.put(host_x)
     y = target.full((len(host_x), matrix.n_rows), np.nan, np.float32)
-    scratch = target.full(matrix.n_cols, np.nan, np.float32)
+    n_groups = -(-len(host_x) // GROUP)
+    scratch = target.full(n_groups * words_of_group(matrix.n_cols), np.nan, np.float32)
     tolerance = _OPERAND_TOLERANCE["BF16" if matrix.ggml_type.name == "BF16" else "F16"]
 
     def run() -> None:

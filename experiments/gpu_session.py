@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         default=Path(os.environ.get("OUT") or RESULTS),
                         help="where rows are written (default: $OUT, or the results)")  # fmt: skip
     parser.add_argument("--commit", metavar="HASH",
-                        help="commit of the sources, if there is no repository here")  # fmt: skip
+                        help="commit of the sources, where git cannot tell")  # fmt: skip
     parser.set_defaults(run=_run)
     return run_command(parser.parse_args(argv))
 

@@ -116,12 +116,17 @@ class Pool:
         table = target.full(n_shards, -1, np.int32)
         self.cache = PageCache(frames, table, shard_shift, frames.view(np.uint32))
         self._fault = target.mapped(N_FAULT, np.uint32)
+        self.empty()
+        self._new_state = target.put(target.get(self.state.state))
+
+    def empty(self) -> None:
+        """All frames are free."""
         self._fault.host[:] = 0
         self.state = new_swap_state(
-            target, n_frames, np.full(n_shards, RANK_NORMAL, np.uint8),
-            target.put(self.addresses), self._fault,
+            self.target, self.n_frames, np.full(self.n_shards, RANK_NORMAL, np.uint8),
+            self.target.put(self.addresses), self._fault,
         )  # fmt: skip
-        self._new_state = target.put(target.get(self.state.state))
+        self.target.write(self.cache.table, np.full(self.n_shards, -1, np.int32))
 
     def select(self, shards: Any) -> None:
         """Queue a select that keeps as many frames free as there are shards in a list."""
@@ -204,6 +209,7 @@ class Scan:
     def is_right(self, is_checked: bool) -> bool:
         """Whether the last of all shards are resident after one turn."""
         self._endless = itertools.cycle(self._lists)
+        self._pool.empty()  # fewer frames have been kept free by a scan with shorter lists
         for _ in range(self.n_swaps):
             self.swap(is_checked)
         n_resident = self._pool.n_frames - self._n_kept_free

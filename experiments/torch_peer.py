@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from atlas.ops.stopwatch import FLUSH_BYTES, N_FLUSHES
+
 NAME = "PyTorch"
 
-_FLUSH_BYTES = 128 << 20  # as `atlas.ops.stopwatch`
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}
 
 
@@ -30,7 +31,7 @@ class TorchPeer:
         self._device = device
         # On a GPU, float32 stays what it says.
         torch.backends.cuda.matmul.allow_tf32 = False
-        n_words = _FLUSH_BYTES // 4 if device == "cuda" else 4
+        n_words = FLUSH_BYTES // 4 if device == "cuda" else 4
         self._flush = [torch.zeros(n_words, device=device) for _ in range(2)]
 
     @classmethod
@@ -53,7 +54,8 @@ class TorchPeer:
 
     def dense_flops(self, n: int) -> float:
         """Operations a second of a float16 product of n x n matrices."""
-        a = self._torch.ones((n, n), device=self._device, dtype=self._torch.float16)
+        # Not ones or zeros, with which a device draws less power and is faster.
+        a = self._torch.randn((n, n), device=self._device).to(self._torch.float16)
         return 2 * n**3 / self.seconds(lambda: self.product(a, a))
 
     def get(self, tensor: Any) -> np.ndarray:
@@ -67,7 +69,8 @@ class TorchPeer:
             work()
             return time.perf_counter() - started
         start, stop = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush[0].copy_(self._flush[1])
+        for _ in range(N_FLUSHES):
+            self._flush[0].copy_(self._flush[1])
         start.record()
         work()
         stop.record()
