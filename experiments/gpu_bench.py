@@ -45,6 +45,8 @@ class GpuBench:
         Commit of the sources, where there is no repository to ask.
     seed
         Of all data.
+    keep
+        Called with the rows of each case as soon as there are any.
     right, wrong
         What was validated, "case: variant".
     """
@@ -54,6 +56,7 @@ class GpuBench:
     is_rehearsal: bool
     commit: str | None = None
     seed: int = 0
+    keep: Callable[[list[dict[str, Any]]], object] = lambda rows: None
     right: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
@@ -95,6 +98,7 @@ class GpuBench:
         )  # fmt: skip
         for row in rows:
             self._note(row["validated"], case, row["variant"])
+        self.keep(rows)
         return rows
 
     def _rehearse(self, case: Case, variants: Sequence[Variant]) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ class InferenceCases:
 CASES = InferenceCases(
     models={
         "1b": tuple(ModelCase("1b", type_name) for type_name in ("F16", "Q8_0", "Q4_0")),
-        "7b": (ModelCase("7b", "F16", ("2.8GB", "4.1GB")),),
+        "7b": (ModelCase("7b", "F16", ("2.8GB",)),),
         "13b": (ModelCase("13b", "F16", ("4.1GB",)),),
     },
     start_tokens=8,

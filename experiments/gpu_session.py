@@ -6,8 +6,8 @@
 Sections: the tests that need a GPU, the limits of the device, how near we come to them operation by
 operation and swap by swap, and whole models, resident and within budgets. PyTorch takes part in the
 same run where it is installed. Nothing is read but the project: all data is random. A result is
-checked before it is timed. Rows (`experiments.bench`) go to `FOLDER/<GPU>/<case>.json`, section by
-section, so that a session which is cut short keeps what it has; FOLDER is $OUT or
+checked before it is timed. Rows (`experiments.bench`) go to `FOLDER/<GPU>/<case>.json`, case by
+case, so that a session which is cut short keeps what it has; FOLDER is $OUT or
 `experiments/results`.
 
 A dry run does the same in the CUDA simulator, on tiny data: what a GPU is to do has been done once
@@ -83,9 +83,7 @@ SECTIONS: dict[str, Callable[[GpuBench], list[dict[str, Any]]]] = {
 }
 
 
-def run_sections(
-    bench: GpuBench, names: Sequence[str], keep: Callable[[list[dict[str, Any]]], object]
-) -> list[dict[str, Any]]:
+def run_sections(bench: GpuBench, names: Sequence[str]) -> list[dict[str, Any]]:
     """Run sections; what one of them raises does not keep the others from running.
 
     Parameters
@@ -94,8 +92,6 @@ def run_sections(
         The session; `wrong` says afterwards what went wrong.
     names
         Keys of `SECTIONS`.
-    keep
-        Called with the rows of each section.
 
     Returns
     -------
@@ -111,9 +107,7 @@ def run_sections(
             continue
         print(f"== {name}", flush=True)
         try:
-            measured = SECTIONS[name](bench)
-            keep(measured)
-            rows += measured
+            rows += SECTIONS[name](bench)
         except Exception as error:  # whatever it is: the device is here now, go on
             traceback.print_exc()
             bench.wrong.append(f"{name}: {type(error).__name__}: {error}")
@@ -142,7 +136,7 @@ def _dry_run(only: Sequence[str]) -> int:
     target = CudaTarget()
     target.has_tensor_cores = True  # the simulator has them, and a GPU will use them
     bench = GpuBench(target, GPU_REHEARSAL, is_rehearsal=True)
-    run_sections(bench, only, keep=lambda rows: None)
+    run_sections(bench, only)
     for line in bench.right:
         print(f"right: {line}")
     return _conclude(bench)
@@ -164,10 +158,11 @@ def _run(args: argparse.Namespace) -> int:
     machine = slug(describe_environment()["gpu"] or "")
     if not machine:
         raise GGUFShardError("nvidia-smi does not say which GPU this is")
-    bench = GpuBench(target, GPU, is_rehearsal=False, commit=args.commit)
-    rows = run_sections(
-        bench, args.only, keep=lambda measured: write_rows(measured, machine, args.output)
-    )
+    bench = GpuBench(
+        target, GPU, is_rehearsal=False, commit=args.commit,
+        keep=lambda measured: write_rows(measured, machine, args.output),
+    )  # fmt: skip
+    rows = run_sections(bench, args.only)
     if rows:
         print(text_table(rows))
         print("\n".join(["", *goal_lines(rows), provenance(rows)]))

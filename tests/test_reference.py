@@ -112,9 +112,10 @@ def test_they_are_on_a_device(
 ) -> None:
     """Prompts go through tensor cores there, whose operands have 16 bits: of the best logits, more
     must lie between them."""
+    map_path = sharded(name)
     for run in records(reference, name):
         prompt, target = run["prompt_ids"], CudaTarget()
-        with opened(sharded(name), budget, "pin", len(prompt) + 64, target) as model:
+        with opened(map_path, budget, "pin", len(prompt) + 64, target) as model:
             result = generate(model, prompt, 64, Sampler(0))
             assert target.peak_bytes <= model.atlas.budget_bytes
         want = np.load(reference / run["logits_file"])

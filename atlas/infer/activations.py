@@ -11,6 +11,7 @@ from atlas.infer.kv_cache import kv_cache_bytes
 from atlas.infer.weights import vector_bytes
 from atlas.model_shards import EMBEDDING
 from atlas.ops.attention import attention_scratch_floats
+from atlas.ops.round_tokens import GROUP, words_of_group
 from atlas.ops.sample import choice_bytes
 from atlas.target import Target
 from forge.sgmap import ShardMap
@@ -19,11 +20,13 @@ _SCRATCH_FLOATS = 1 << 20  # rows dequantised at a time for products with severa
 _POSITION_BYTES = 4
 
 
-def _scratch_floats(config: LlamaConfig, n_context: int) -> int:
-    """For dequantised rows, and for attention: never both at a time."""
+def _scratch_floats(config: LlamaConfig, n_context: int, n_batch: int) -> int:
+    """For dequantised rows or all tokens of a pass rounded for tensor cores, and for attention:
+    never two at a time."""
     c = config
-    return max(_SCRATCH_FLOATS if c.n_embd >= 512 else 1 << 16, c.n_ff, c.n_embd,
-               c.n_head * c.head_dim,
+    widest = max(c.n_ff, c.n_embd, c.n_head * c.head_dim)
+    return max(_SCRATCH_FLOATS if c.n_embd >= 512 else 1 << 16, widest,
+               -(-n_batch // GROUP) * words_of_group(widest),
                attention_scratch_floats(c.n_head, c.n_head_kv, c.head_dim, n_context),
                )  # fmt: skip
 
@@ -37,7 +40,8 @@ class Activations:
         widths = _activation_widths(config)
         self._rows = {name: target.empty((n_batch, n), np.float32) for name, n in widths.items()}
         self.logits = target.empty((1, n_vocab), np.float32)
-        self.scratch = target.empty(_scratch_floats(config, n_context), np.float32)
+        n_scratch = _scratch_floats(config, n_context, n_batch)
+        self.scratch = target.empty(n_scratch, np.float32)
 
     def first(self, n_tokens: int) -> dict[str, Any]:
         """Every buffer, cut to `n_tokens` rows."""
@@ -60,7 +64,7 @@ def reserved_bytes(shard_map: ShardMap, config: LlamaConfig, n_context: int, n_b
     what choosing a token takes."""
     n_vocab = next((t.shape[1] for t in shard_map.tensors if t.name == EMBEDDING), 0)
     floats = n_batch * sum(_activation_widths(config).values()) + n_vocab
-    floats += _scratch_floats(config, n_context)
+    floats += _scratch_floats(config, n_context, n_batch)
     # A vector is dequantised while its predecessor's copy still stands: twice is safe.
     small = config.n_rot * 4 + vector_bytes(shard_map) + _POSITION_BYTES + choice_bytes(n_vocab)
     return floats * 4 + kv_cache_bytes(config, n_context) + small

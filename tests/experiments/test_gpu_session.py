@@ -85,7 +85,8 @@ def test_a_measurement_has_rows_that_say_where_they_come_from(
     monkeypatch.setattr(numba.config, "ENABLE_CUDASIM", False)
     facts = {"commit": None, "versions": {"numpy": "2"}, "gpu": "GPU", "date": "2000-01-01"}
     monkeypatch.setattr("experiments.gpu_bench.describe_environment", lambda: facts)
-    bench = make_bench(is_rehearsal=False, commit="abc", seed=4)
+    kept: list[list[dict[str, Any]]] = []
+    bench = make_bench(is_rehearsal=False, commit="abc", seed=4, keep=kept.append)
     good, bad = bench.measure(
         CASE,
         [
@@ -97,6 +98,7 @@ def test_a_measurement_has_rows_that_say_where_they_come_from(
     assert (good["commit"], good["seed"], good["gpu"]) == ("abc", 4, "GPU")
     assert {"numpy", "torch", "numba-cuda", "nvidia-nvvm"} <= set(good["versions"])
     assert (bad["median"], bad["validated"]) == (None, False)
+    assert kept == [[good, bad]]
     assert (len(bench.right), len(bench.wrong)) == (1, 1)
 
 
@@ -109,9 +111,8 @@ def test_one_section_that_fails_does_not_stop_the_others(
     monkeypatch.setattr(
         gpu_session, "SECTIONS", {"broken": broken, "good": lambda bench: [{"case": "good"}]}
     )
-    bench, kept = make_bench(is_rehearsal=False), []
-    rows = gpu_session.run_sections(bench, ["broken", "good"], kept.append)
-    assert rows == [{"case": "good"}] and kept == [rows]
+    bench = make_bench(is_rehearsal=False)
+    assert gpu_session.run_sections(bench, ["broken", "good"]) == [{"case": "good"}]
     assert bench.wrong == ["broken: ZeroDivisionError: on the day"]
     assert "Traceback" in capsys.readouterr().err
 
@@ -120,7 +121,7 @@ def test_no_section_is_begun_when_time_is_up(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpu_session, "SECTIONS", {"late": lambda bench: [{"case": "late"}]})
     monkeypatch.setattr(gpu_session, "SECONDS", -1)
     bench = make_bench(is_rehearsal=False)
-    assert gpu_session.run_sections(bench, ["late"], lambda rows: None) == []
+    assert gpu_session.run_sections(bench, ["late"]) == []
     assert bench.wrong == ["late: not begun after 0 s"]
 
 
