@@ -370,7 +370,13 @@ def cuda_is_usable() -> bool:
     Numba's own does not (`tests/warp_simulator.py` mends that)."""
     if config.ENABLE_CUDASIM:
         return hasattr(cuda, "shfl_xor_sync")
-    return bool(cuda.is_available())
+    return bool(cuda.is_available()) and not _lacks_numpy_name()
+
+
+def _lacks_numpy_name() -> bool:
+    """Whether NumPy has no `row_stack` any more, which numba-cuda asks for before it compiles
+    anything (https://github.com/NVIDIA/numba-cuda/issues/907); NumPy 2.5 does not have it."""
+    return not hasattr(np, "row_stack")
 
 
 def select_target(name: str = "auto", threads: int | None = None) -> Target:
@@ -386,5 +392,10 @@ def select_target(name: str = "auto", threads: int | None = None) -> Target:
     if name == "cpu" or (name == "auto" and not cuda_is_usable()):
         return CpuTarget(threads)
     if not cuda_is_usable():
+        if not config.ENABLE_CUDASIM and cuda.is_available():
+            raise GGUFShardError(
+                f"target cuda: numba-cuda cannot compile with NumPy {np.__version__} "
+                "(pip install 'numpy<2.5')"
+            )
         raise GGUFShardError("target cuda: no usable CUDA device (driver and numba-cuda needed)")
     return CudaTarget()

@@ -1,9 +1,9 @@
 """Tables and plots from rows that `experiments.bench` wrote. Measures nothing.
 
-    python -m experiments.report [--machine NAME] [--table cpu|delta] [--write README.md]
+    python -m experiments.report [--machine NAME] [--table cpu|gpu|delta] [--write README.md]
                                  [--plot FILE.png]
 
-`--write` puts the table between the lines `<!-- results:cpu -->` (or `results:delta`) and
+`--write` puts the table between the lines `<!-- results:cpu -->` (or the table's name) and
 `<!-- /results -->`.
 """
 
@@ -27,7 +27,8 @@ from forge.errors import GGUFShardError
 Row = Mapping[str, Any]
 Cells = Callable[[Sequence[Row]], list[tuple[str, ...]]]
 
-BEGIN, BEGIN_DELTA, END = "<!-- results:cpu -->", "<!-- results:delta -->", "<!-- /results -->"
+BEGIN, END = "<!-- results:cpu -->", "<!-- /results -->"
+_TABLES = ("cpu", "gpu", "delta")
 _HEAD = ("case", "variant", "median", "p20 to p80", "limit", "of limit", "of peer")
 
 
@@ -131,9 +132,17 @@ def goal_lines(rows: Sequence[Row]) -> list[str]:
     for goal in GOALS:
         for row in rows:
             has_type = goal.type in (None, row["params"].get("type"))
-            if row["case"] == goal.case and has_type and row["validated"]:
+            if row["case"] == goal.case and has_type and row["validated"] and _is_ours(row, rows):
                 lines += _goal_line(goal, row, rows)
     return lines
+
+
+def _is_ours(row: Row, rows: Sequence[Row]) -> bool:
+    """Whether a row is no peer's."""
+    return row["variant"] == OURS or not any(
+        (other["case"], other["params"], other["variant"]) == (row["case"], row["params"], OURS)
+        for other in rows
+    )
 
 
 def _goal_line(goal: Goal, row: Row, rows: Sequence[Row]) -> list[str]:
@@ -231,9 +240,15 @@ def _markdown_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
+def _table_of(row: Row) -> str:
+    if is_delta(row):
+        return "delta"
+    return "gpu" if row["case"].startswith("gpu-") else "cpu"
+
+
 def _run(args: argparse.Namespace) -> int:
     about_delta = args.table == "delta"
-    rows = [row for row in read_rows(args.machine, args.results) if is_delta(row) == about_delta]
+    rows = [r for r in read_rows(args.machine, args.results) if _table_of(r) == args.table]
     if not rows:
         raise GGUFShardError(f"{args.results / args.machine}: no rows for the table {args.table}")
     table = markdown_table(rows, delta_cells if about_delta else table_cells)
@@ -245,7 +260,8 @@ def _run(args: argparse.Namespace) -> int:
         print(table)
     else:
         text = args.write.read_text(encoding="utf-8")
-        text = insert_table(text, table, args.write.name, BEGIN_DELTA if about_delta else BEGIN)
+        begin = BEGIN.replace("cpu", args.table)
+        text = insert_table(text, table, args.write.name, begin)
         args.write.write_text(text, encoding="utf-8")
     for line in delta_verdicts(rows) if about_delta else goal_lines(rows):
         print(line, file=sys.stderr)
@@ -259,8 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--machine", default=machine_name(), help="default: this one")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--table", choices=("cpu", "delta"), default="cpu",
-                        help="patches, or everything else (default)")  # fmt: skip
+    parser.add_argument("--table", choices=_TABLES, default="cpu",
+                        help="of gpu_session, of patches, or all else (default)")  # fmt: skip
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table in this file")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
                         help="draw shares of limits; of patches, size against time")  # fmt: skip

@@ -146,16 +146,15 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
         base = page_address(pool, table, shard_shift, page)
 
         step = np.uint32(0)
-        while True:
+        while step < n_steps:
             stage = np.uint32((step & np.uint32(1)) * planes)
-            if step < n_steps:
-                copy_tokens(
-                    tokens, np.uint32(stage * token_words), rounded, n_slices,
-                    np.uint32(first_token >> np.uint32(4)), last_group, np.uint32(step * planes),
-                    thread,
-                )  # fmt: skip
-            # Behind the row it is once more what came last, and nobody looks at it: `raw` has one
-            # value a step, since NVVM 13.0 does not come to an end with tuples that change.
+            copy_tokens(
+                tokens, np.uint32(stage * token_words), rounded, n_slices,
+                np.uint32(first_token >> np.uint32(4)), last_group, np.uint32(step * planes),
+                thread,
+            )  # fmt: skip
+            # `raw` has one value a step (behind the row what came last, and nobody looks at it):
+            # NVVM 13.0 does not come to an end with tuples that change.
             raw = fetch(pool, table, shard_shift, page, base, is_row_major, slot, part)
             if step > np.uint32(0):
                 other = np.uint32(planes - stage + plane)
@@ -163,8 +162,6 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
                     sums, weights, np.uint32(other * plane_words + row_at),
                     tokens, np.uint32(other * token_words + token_at),
                 )  # fmt: skip
-            if step == n_steps:
-                break
             w0, w1, w2, w3, w4, w5, w6, w7 = decode(raw, part)
             if not is_whole and column >= n_cols:
                 w0 = w1 = w2 = w3 = w4 = w5 = w6 = w7 = np.uint32(0)
@@ -172,7 +169,7 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
             store16(weights, at, w0, w1, w2, w3)
             store16(weights, np.uint32(at ^ np.uint32(4)), w4, w5, w6, w7)
             column = np.uint32(column + np.uint32(columns))
-            if step + np.uint32(1) < n_steps if is_whole else column < n_cols:
+            if column < n_cols:
                 slot, part = np.uint32(slot + slots), np.uint32(part + parts)
                 if parts > np.uint32(0) and part >= parts_per_slot:
                     slot, part = np.uint32(slot + np.uint32(1)), np.uint32(part - parts_per_slot)
@@ -182,6 +179,11 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
             wait_for_copies()
             cuda.syncthreads()
             step = np.uint32(step + np.uint32(1))
+        stage = np.uint32((n_steps - np.uint32(1) & np.uint32(1)) * planes + plane)
+        multiply(
+            sums, weights, np.uint32(stage * plane_words + row_at),
+            tokens, np.uint32(stage * token_words + token_at),
+        )  # fmt: skip
 
         if planes > np.uint32(1):
             add_planes(sums, tokens, plane, thread)

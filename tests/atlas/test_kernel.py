@@ -63,3 +63,28 @@ def test_kernels_need_a_cuda_target() -> None:
     assert isinstance(nothing_kernel, Kernel) and nothing_kernel.name == "nothing_kernel"
     with pytest.raises(TypeError, match="kernels run on a CUDA target, not on cpu"):
         nothing_kernel.launch(CpuTarget(), 1, 1, 3)  # type: ignore[arg-type]
+
+
+@kernel(types.int32[::1])
+def count_kernel(out):
+    if cuda.grid(1) == 0:
+        out[0] += 1
+
+
+def test_an_array_is_asked_once_where_it_is(
+    cuda_target: CudaTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    address = CudaTarget.address
+
+    def noted(target: CudaTarget, array: object) -> int:
+        asked.append(array)
+        return address(target, array)
+
+    monkeypatch.setattr(CudaTarget, "address", noted)
+    counts = cuda_target.full(4, 0, np.int32)
+    part = counts[2:]
+    for array in (counts, counts, part, counts, part):
+        count_kernel.launch(cuda_target, 1, 32, array)
+    assert cuda_target.get(counts).tolist() == [3, 0, 2, 0]
+    assert [sum(a is array for a in asked) for array in (counts, part)] == [1, 1]

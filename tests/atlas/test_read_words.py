@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
 
 from atlas.ops.read_words import MAX_WORDS, N_PARTS, read_words
-from atlas.ops.stopwatch import Stopwatch
+from atlas.ops.stopwatch import Stopwatch, hold
 from atlas.target import CudaTarget, Target
 
 # Nothing, one load, one short of a round of the simulator's two blocks of 64 threads, a round of
@@ -49,3 +50,11 @@ def test_stopwatch_on_cuda_runs_the_work_once_and_waits(cuda_target: CudaTarget)
     assert math.isnan(seconds) if target.name == "cuda-simulator" else seconds > 0
     assert calls == [1]
     assert np.bitwise_xor.reduce(target.get(parts)) == np.bitwise_xor.reduce(np.arange(1024))
+
+
+def test_hold_keeps_the_stream_busy(cuda_target: CudaTarget) -> None:
+    cuda_target.synchronize()
+    started = time.monotonic_ns()
+    hold(cuda_target, 20_000_000)
+    cuda_target.synchronize()
+    assert time.monotonic_ns() - started >= 19_000_000  # clocks differ a little

@@ -131,7 +131,7 @@ def test_targets_by_name() -> None:
     if cuda_is_usable():
         assert type(select_target("cuda")) is CudaTarget
     else:
-        with pytest.raises(GGUFShardError, match=r"^target cuda: no usable CUDA device"):
+        with pytest.raises(GGUFShardError, match=r"^target cuda: (no usable CUDA device|numba-c)"):
             select_target("cuda")
 
 
@@ -155,3 +155,13 @@ def test_the_simulator_needs_the_compiler_off() -> None:
     )  # fmt: skip
     assert run.returncode == 1
     assert "the CUDA simulator needs NUMBA_DISABLE_JIT=1" in run.stderr
+
+
+@pytest.mark.skipif(config.ENABLE_CUDASIM, reason="the simulator compiles nothing")
+def test_numpy_that_numba_cuda_cannot_compile_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atlas.target.cuda.is_available", lambda: True)
+    monkeypatch.delattr(np, "row_stack", raising=False)
+    assert not cuda_is_usable()
+    assert type(select_target("auto")) is CpuTarget
+    with pytest.raises(GGUFShardError, match=r"^target cuda: .* NumPy .*'numpy<2\.5'"):
+        select_target("cuda")
