@@ -94,7 +94,8 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     p.add_argument("--policy", choices=CACHE_POLICIES, default=None,
                    help="what stays resident (default: the map's)")  # fmt: skip
     p.add_argument("--prefetch-distance", type=_at_least(0), default=None, metavar="N",
-                   help="shards to read ahead (default: the map's)")  # fmt: skip
+                   help="shards to read ahead (default: the map's; on a GPU at least what one "
+                   "step of compute uses, unless 0)")  # fmt: skip
     p.add_argument("--host-memory", type=_size, default=None, metavar="SIZE",
                    help="cuda target: pinned host memory for pages that do not stay on the device "
                    "(default: 80%% of what is free); the rest is read from the file")  # fmt: skip

@@ -43,7 +43,7 @@ SECONDS = 510
 
 _TEST_SECONDS = 240
 #: What stands for the tests in a rehearsal: the simulator has its own run of all of them.
-_REHEARSED_TESTS = ("tests/atlas/test_select.py", "tests/atlas/test_gather.py")
+_REHEARSED_TESTS = ("tests/atlas/test_read_words.py",)
 _PROJECT = Path(__file__).resolve().parent.parent
 _SIMULATOR = "tests.warp_simulator"
 

@@ -142,8 +142,8 @@ def _writer(kind: Any) -> Callable[[Target, list[int], Any], None]:
 
 
 def _write_array(target: Target, words: list[int], array: Any) -> None:
-    # An array stays where it is. To ask where takes some five microseconds (measured beside an
-    # H100), and a select has eighteen arrays: it is asked once.
+    # An array stays where it is. To ask where takes about five microseconds (beside an H100), and
+    # a select has eighteen arrays: each is asked once.
     known = getattr(array, "_kernel_words", None)
     if known is None:
         known = array._kernel_words = (target.address(array), *array.shape)
