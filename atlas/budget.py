@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from atlas.errors import BudgetError
-from atlas.eviction import MAX_DEVICE_RESERVE, MAX_RESERVE, CacheShape, PoolPlan, plan_pool
+from atlas.eviction import CacheShape, PoolPlan, plan_pool
 from atlas.frame_pool import frame_cost_bytes, pool_overhead_bytes
 from atlas.ops.crc32_tables import TABLE_WORDS
 from atlas.ops.swap_state import swap_state_bytes
@@ -66,9 +66,8 @@ def plan_budget(
     distance = settings.prefetch_distance if prefetch_distance is None else prefetch_distance
     try:
         plan = plan_pool(
-            shape, n_frames, policy or settings.cache_policy, distance,
-            MAX_DEVICE_RESERVE if on_device else MAX_RESERVE,
-        )  # fmt: skip
+            shape, n_frames, policy or settings.cache_policy, distance, by_kernels=on_device
+        )
     except BudgetError as error:
         smallest = fixed + error.smallest_bytes * per_frame
         given = f"{budget.n_bytes} bytes" if budget.n_bytes else f"{budget.fraction:.3%}"

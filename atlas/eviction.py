@@ -23,11 +23,10 @@ from forge.errors import GGUFShardError
 from forge.sgmap import CACHE_POLICIES
 
 MAX_RESERVE = 4  # where a thread reads shards one after the other
-MAX_DEVICE_RESERVE = 32  # where a kernel brings in all of them at once
 _MAX_BAND = 8
-# Where kernels bring in shards, the host has three to launch for each band, and with what it keeps
-# account of takes 0.5 ms (measured beside an H100): 8 MiB come over the link in 0.16 ms.
-_MAX_DEVICE_BAND = 32
+# Where kernels bring in shards, all of a load come at once; and each band takes the host about half
+# a millisecond (beside an H100), in which a band of 8 MiB would come over the link three times.
+_MAX_RESERVE_OF_KERNELS = _MAX_BAND_OF_KERNELS = 32
 _COMPLETE_BAND = 64
 
 
@@ -101,8 +100,8 @@ def plan_pool(
     n_frames: int,
     policy: str,
     prefetch_distance: int,
-    max_reserve: int = MAX_RESERVE,
     *,
+    by_kernels: bool = False,
     is_lender: bool = False,
 ) -> PoolPlan:
     """Divide a pool into what stays, what streams and what is free.
@@ -117,10 +116,10 @@ def plan_pool(
         One of `CACHE_POLICIES`; "auto" pins what is read by every pass.
     prefetch_distance
         Shards to read ahead, at most; a small pool reads less far ahead, so that the ring of
-        streamed shards stays a small part of it. Where kernels bring in shards it is at least a
-        band, unless it is 0: one load then brings in what the next band needs.
-    max_reserve
-        Most shards that one load brings in; more than `MAX_RESERVE` where kernels do it.
+        streamed shards stays a small part of it.
+    by_kernels
+        Whether kernels bring in the shards. Loads and bands are larger then, and unless it is 0 the
+        distance is at least a band: one load brings in what the next band needs.
     is_lender
         Whether a band is what is on loan to another pool (`atlas.host_tier`): any shards but those
         that stay, and not a run of consecutive ones, some of which do.
@@ -136,6 +135,8 @@ def plan_pool(
     if policy not in CACHE_POLICIES:
         raise GGUFShardError(f"policy {policy!r} is none of {', '.join(CACHE_POLICIES)}")
     decided = "pin" if policy == "auto" else policy
+    max_reserve = _MAX_RESERVE_OF_KERNELS if by_kernels else MAX_RESERVE
+    max_band = _MAX_BAND_OF_KERNELS if by_kernels else _MAX_BAND
     n = shape.n_shards
     if n_frames >= n:
         n_pinned = shape.n_scheduled if decided == "pin" else 0
@@ -148,11 +149,10 @@ def plan_pool(
             shape.smallest_pool,
         )
     reserve = min(max(n // 150, 1), max_reserve, room - shape.min_band)
-    by_kernels = max_reserve > MAX_RESERVE
-    max_band = max(_MAX_DEVICE_BAND if by_kernels else _MAX_BAND, shape.min_band)
-    band = min(max(n // 200, shape.min_band), max_band, room - reserve)
-    ahead = max(prefetch_distance, band) if by_kernels and prefetch_distance else prefetch_distance
-    distance = min(ahead, max(n // 64, 2), room - reserve - band)
+    band = min(max(n // 200, shape.min_band), max(max_band, shape.min_band), room - reserve)
+    if by_kernels and prefetch_distance:
+        prefetch_distance = max(prefetch_distance, band)
+    distance = min(prefetch_distance, max(n // 64, 2), room - reserve - band)
     n_pinned = 0
     if decided == "pin":
         # A kernel brings in several shards at once, and what came with them is kept as long.

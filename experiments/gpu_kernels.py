@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType, quants
 
 from atlas.ops.crc32 import crc32_pages
 from atlas.ops.matmul import matmul
+from atlas.ops.matmul_tensor import fits_tensor_cores
 from atlas.ops.matvec import matvec
 from atlas.ops.paged import PageCache, PagedMatrix
 from atlas.ops.round_tokens import GROUP, words_of_group
@@ -205,6 +206,8 @@ def _mat_mul_variant(bench: GpuBench, weights: Weights, host_x: np.ndarray) -> V
         matmul(target, y, weights.cache, matrix, x, 0, matrix.n_rows, scratch)
 
     def is_right() -> bool:
+        if target.has_tensor_cores and not fits_tensor_cores(target, matrix, scratch):
+            return False  # another product than the one that is meant
         run()
         found = target.get(y)
         return all(

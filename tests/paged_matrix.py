@@ -64,8 +64,9 @@ def sample(
     ggml_type: GGMLQuantizationType,
     memory_layout: str,
     blocks_per_row: int | None = None,
+    n_rows: int | None = None,
 ) -> Sample:
-    """A matrix over three pages, whose rows cross from one into the next.
+    """A matrix over three pages, whose rows cross from one into the next, or of so many rows.
 
     Frames are a shuffle of the shards, and bytes that hold no page are 0xFF.
     """
@@ -74,7 +75,7 @@ def sample(
     # Of plain elements: vectors in fours, single vectors and single elements.
     if blocks_per_row is None:
         blocks_per_row = {1: 117, 32: 5, 256: 3}[layout.elements]
-    n_rows = 5 * layout.per_page // (2 * blocks_per_row)
+    n_rows = n_rows or 5 * layout.per_page // (2 * blocks_per_row)
     n_cols = blocks_per_row * layout.elements
     blocks = random_blocks(layout, n_rows * blocks_per_row, rng)
     pages = np.empty((layout.pages_for(len(blocks)), PAGE_BYTES), np.uint8)

@@ -10,7 +10,6 @@ import pytest
 
 from atlas.errors import BudgetError
 from atlas.eviction import (
-    MAX_DEVICE_RESERVE,
     MAX_RESERVE,
     CacheShape,
     PoolPlan,
@@ -55,22 +54,23 @@ def worst_window(plan: PoolPlan, shape: CacheShape, length: int) -> int:
 @pytest.mark.parametrize("policy", ["lru", "mru", "pin"])
 @pytest.mark.parametrize("prefetch_distance", [0, 1, 8, 1000])
 @pytest.mark.parametrize(
-    ("max_reserve", "is_lender"),
-    [(MAX_RESERVE, False), (MAX_RESERVE, True), (MAX_DEVICE_RESERVE, False)],
+    ("by_kernels", "is_lender"), [(False, False), (False, True), (True, False)]
 )
 def test_every_plan_leaves_room_for_what_is_in_use(
-    policy: str, prefetch_distance: int, max_reserve: int, is_lender: bool
+    policy: str, prefetch_distance: int, by_kernels: bool, is_lender: bool
 ) -> None:
     for shape in SHAPES:
         for n_frames in pools(shape):
             plan = plan_pool(
-                shape, n_frames, policy, prefetch_distance, max_reserve, is_lender=is_lender
-            )
+                shape, n_frames, policy, prefetch_distance,
+                by_kernels=by_kernels, is_lender=is_lender,
+            )  # fmt: skip
             at = (shape, n_frames, plan)
             assert plan.policy == policy and plan.n_frames == min(n_frames, shape.n_shards), at
             assert plan.band >= min(shape.min_band, shape.n_shards), at
-            by_kernels = max_reserve > MAX_RESERVE and prefetch_distance > 0
-            farthest = max(prefetch_distance, plan.band) if by_kernels else prefetch_distance
+            reaches_a_band = by_kernels and prefetch_distance > 0
+            farthest = max(prefetch_distance, plan.band) if reaches_a_band else prefetch_distance
+            max_reserve = 32 if by_kernels else MAX_RESERVE
             assert 1 <= plan.reserve <= max_reserve and 0 <= plan.distance <= farthest, at
             assert 0 <= plan.n_pinned <= shape.n_scheduled, at
             assert plan.newest_first == (policy == "mru")
@@ -100,10 +100,10 @@ def test_one_frame_less_than_the_smallest_pool_is_refused(policy: str) -> None:
 
 def test_kernels_bring_in_a_large_band_at_a_time() -> None:
     shape = CacheShape(20, 12_600, 0, 2)  # 7B in F16
-    of_kernels = plan_pool(shape, 2600, "pin", 8, MAX_DEVICE_RESERVE)
+    of_kernels = plan_pool(shape, 2600, "pin", 8, by_kernels=True)
     assert (of_kernels.reserve, of_kernels.band, of_kernels.distance) == (32, 32, 32)
-    assert plan_pool(shape, 2600, "pin", 64, MAX_DEVICE_RESERVE).distance == 64
-    assert plan_pool(shape, 2600, "pin", 0, MAX_DEVICE_RESERVE).distance == 0
+    assert plan_pool(shape, 2600, "pin", 64, by_kernels=True).distance == 64
+    assert plan_pool(shape, 2600, "pin", 0, by_kernels=True).distance == 0
     of_the_host = plan_pool(shape, 2600, "pin", 8)
     assert (of_the_host.reserve, of_the_host.band, of_the_host.distance) == (4, 8, 8)
 

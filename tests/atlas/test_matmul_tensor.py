@@ -6,6 +6,8 @@ own. On a GPU without tensor cores nothing here runs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
@@ -15,9 +17,9 @@ from atlas.ops import matmul_tensor as op
 from atlas.ops.matmul import matmul
 from atlas.ops.round_tokens import GROUP, words_of_group
 from atlas.target import CudaTarget, Target
-from forge.block_layouts import MEMORY_LAYOUTS
-from tests import naive
-from tests.paged_matrix import Sample, sample
+from forge.block_layouts import MEMORY_LAYOUTS, block_layout
+from tests import naive, paged_matrix
+from tests.paged_matrix import Sample, random_blocks, sample
 
 TYPES = [Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q5_0, Q.Q4_K, Q.Q5_K, Q.Q6_K]
 SLICES_OF_PLAIN = 96  # columns of F16 and BF16 matrices: three slices, and page ends inside
@@ -119,6 +121,15 @@ def test_tiles_of_a_gpu(target: CudaTarget, monkeypatch: pytest.MonkeyPatch, til
     assert_within_bound(s, product(target, s, x, 0, 61), x, 0, 61)
 
 
+def test_a_matrix_that_ends_with_the_last_page(target: CudaTarget) -> None:
+    """Behind it the page table ends, too."""
+    n_rows = 3 * block_layout(Q.Q8_0).per_page // 3
+    s = sample(target, Q.Q8_0, "column_major", 3, n_rows)
+    pages = s.matrix.pages_of_rows(0, n_rows)
+    assert len(pages) == 3 and pages.stop == s.cache.table.size << s.cache.shard_shift
+    check(target, s, 2, n_rows - 3, n_rows)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_passes_where_scratch_is_short(target: CudaTarget, groups: int) -> None:
     s = matrix(target, Q.Q8_0)
@@ -168,3 +179,21 @@ def test_what_is_not_finite_stays_with_its_token(target: CudaTarget, value: floa
     result = product(target, s, x, 0, 4)
     assert not np.isfinite(result[1]).any()
     assert_within_bound(s, result[[0, 2]], x[[0, 2]], 0, 4)
+
+
+def test_an_infinite_weight_is_multiplied_once(
+    target: CudaTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows end amid the narrow tile's columns: behind them, where tokens are zero, there must be no
+    weight, or the sum would be no number."""
+
+    def blocks(*arguments: Any) -> np.ndarray:
+        found = random_blocks(*arguments)
+        found.view(np.float16).reshape(-1, SLICES_OF_PLAIN)[:, 40] = np.inf
+        return found
+
+    monkeypatch.setattr(paged_matrix, "random_blocks", blocks)
+    monkeypatch.setattr(op, "MIN_WIDE_TILES", 1000)
+    s = sample(target, Q.F16, "column_major", SLICES_OF_PLAIN, 8)
+    x = tokens(2, s)
+    assert np.array_equal(product(target, s, x, 0, 8), np.repeat(x[:, 40:41] * np.inf, 8, axis=1))

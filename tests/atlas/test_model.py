@@ -11,9 +11,11 @@ import pytest
 from numba import config
 
 from atlas.errors import BudgetError
+from atlas.infer.activations import Activations
 from atlas.infer.generate import generate
 from atlas.infer.model import LlamaModel, route
 from atlas.infer.sampling import Sampler
+from atlas.ops.round_tokens import GROUP, words_of_group
 from atlas.target import Target
 from forge import page_plan
 from forge.errors import GGUFShardError
@@ -336,3 +338,13 @@ def test_generates_the_same_on_every_target(
         assert result.tokens == naive.greedy(prompt, 2)
         assert result.decode_stats.bytes_moved > 0
         assert target.peak_bytes <= model.atlas.budget_bytes
+
+
+def test_all_tokens_of_a_pass_have_room_rounded(tmp_path: Path) -> None:
+    """Else its weights are read once for each part of them."""
+    _, map_path = shard_llama(tmp_path, DENSE)
+    with opened(map_path) as model:
+        config, target = replace(model.config, n_ff=4096), model.target
+        for n_batch in (1, 16, 17, 100):
+            scratch = Activations(target, config, 128, n_batch, 10).scratch
+            assert scratch.size >= -(-n_batch // GROUP) * words_of_group(4096)

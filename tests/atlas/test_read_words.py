@@ -35,20 +35,27 @@ def test_what_the_kernel_would_trust_is_checked(target: Target) -> None:
         read_words(target, target.full(8, 0, np.int32), parts)
 
 
-def test_stopwatch_on_cuda_runs_the_work_once_and_waits(cuda_target: CudaTarget) -> None:
+def test_stopwatch_on_cuda_runs_the_work_once_and_waits(
+    cuda_target: CudaTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = cuda_target
     words = target.put(np.arange(1024, dtype=np.uint32))
     parts = target.full(N_PARTS, 0xDEADBEEF, np.uint32)
     stopwatch = Stopwatch(target)
-    calls: list[int] = []
+    calls: list[str] = []
+
+    def noted_hold(target: CudaTarget, duration: int) -> None:
+        calls.append("hold")
+        hold(target, duration)
 
     def work() -> None:
-        calls.append(1)
+        calls.append("work")
         read_words(target, words, parts)
 
+    monkeypatch.setattr("atlas.ops.stopwatch.hold", noted_hold)
     seconds = stopwatch.seconds(work)
     assert math.isnan(seconds) if target.name == "cuda-simulator" else seconds > 0
-    assert calls == [1]
+    assert calls == ["hold", "work"]
     assert np.bitwise_xor.reduce(target.get(parts)) == np.bitwise_xor.reduce(np.arange(1024))
 
 

@@ -38,6 +38,13 @@ def test_a_scan_brings_what_comes_next(bench: GpuBench, is_checked: bool) -> Non
     assert not pool.holds([0, 1, 2, 3])
 
 
+def test_scans_of_longer_and_longer_lists(bench: GpuBench) -> None:
+    """The one before has kept fewer frames free than the next one's first list needs."""
+    pool = Pool(bench, 6, 12, 0)
+    for n in (1, 3):
+        assert Scan(pool, n, np.arange(12)).is_right(True)
+
+
 def test_a_gather_brings_all_pages_of_its_record(bench: GpuBench) -> None:
     pool = Pool(bench, 4, 4, 0)
     pool.set_record(np.array([2, 0, 3]), np.array([1, 3, 0]))

@@ -11,9 +11,7 @@ from experiments.validation import gguf_factory as factory
 from forge.sgmap import core_path
 from forge.sgmap_reader import load_map
 from forge.shard import ShardOptions, shard_model
-from tests.repair_factory import (
-    N_PAGES,
-)
+from tests.repair_factory import N_PAGES
 
 
 @pytest.fixture
