@@ -137,8 +137,7 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
         stored = row_place(fetched_row, np.uint32(half << np.uint32(1)))
         row = min(np.uint32(first_row + fetched_row), np.uint32(end - np.uint32(1)))
         column = np.uint32(plane * np.uint32(SLICE) + half * np.uint32(16))
-        first_column = column if is_whole or column < n_cols else np.uint32(half * np.uint32(16))
-        start = np.uint64(np.uint64(row) * np.uint64(n_cols) + np.uint64(first_column))
+        start = np.uint64(np.uint64(row) * np.uint64(n_cols) + np.uint64(column))
         block = np.uint64(start // np.uint64(elements))
         part = np.uint32(np.uint32(start % np.uint64(elements)) >> np.uint32(4))
         page = np.uint32(first_page + np.uint32(block // np.uint64(per_page)))
@@ -153,8 +152,8 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
                 np.uint32(first_token >> np.uint32(4)), last_group, np.uint32(step * planes),
                 thread,
             )  # fmt: skip
-            # `raw` has one value a step (behind the row what came last, and nobody looks at it):
-            # NVVM 13.0 does not come to an end with tuples that change.
+            # `raw` has one value a step, behind the row whatever comes there: NVVM 13.0 does not
+            # come to an end with tuples that change.
             raw = fetch(pool, table, shard_shift, page, base, is_row_major, slot, part)
             if step > np.uint32(0):
                 other = np.uint32(planes - stage + plane)
@@ -169,13 +168,12 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
             store16(weights, at, w0, w1, w2, w3)
             store16(weights, np.uint32(at ^ np.uint32(4)), w4, w5, w6, w7)
             column = np.uint32(column + np.uint32(columns))
-            if column < n_cols:
-                slot, part = np.uint32(slot + slots), np.uint32(part + parts)
-                if parts > np.uint32(0) and part >= parts_per_slot:
-                    slot, part = np.uint32(slot + np.uint32(1)), np.uint32(part - parts_per_slot)
-                if slot >= per_page:
-                    slot, page = np.uint32(slot - per_page), np.uint32(page + np.uint32(1))
-                    base = page_address(pool, table, shard_shift, page)
+            slot, part = np.uint32(slot + slots), np.uint32(part + parts)
+            if parts > np.uint32(0) and part >= parts_per_slot:
+                slot, part = np.uint32(slot + np.uint32(1)), np.uint32(part - parts_per_slot)
+            if slot >= per_page:
+                slot, page = np.uint32(slot - per_page), np.uint32(page + np.uint32(1))
+                base = page_address(pool, table, shard_shift, page)
             wait_for_copies()
             cuda.syncthreads()
             step = np.uint32(step + np.uint32(1))
