@@ -16,7 +16,7 @@ from atlas.target import CudaTarget
 #: Copied before each measurement; with its copy, twice the L2 cache of any device so far.
 FLUSH_BYTES = (4 << 10) if config.ENABLE_CUDASIM else (128 << 20)
 #: How long the device is kept busy before a measurement. To queue a kernel takes the host 20 to
-#: 40 us (an H100's, with a Xeon at its side); a measurement queues up to some tens.
+#: 40 us (seen beside an H100); a measurement queues up to some tens.
 HOLD_NANOSECONDS = 1000 if config.ENABLE_CUDASIM else 2_000_000
 
 
