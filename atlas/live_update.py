@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from atlas.host_store import FileStore
-from delta.apply import bind
+from delta.checked_patch import check_patch
 from delta.patch_file import PatchReader
 from delta.sharded_update import ShardedUpdate
 from delta.source_model import ShardedSource, open_source
@@ -226,7 +226,7 @@ class LiveModel:
             assert isinstance(base, ShardedSource)
             if base.model.map != self.map:
                 raise GGUFShardError(f"{path}: is another version of the model than the one in use")
-            bound = bind(reader, base, reverse, progress)
+            bound = check_patch(reader, base, reverse, progress)
             update = ShardedUpdate.plan(bound, base.model)
             if update is None:
                 raise GGUFShardError(

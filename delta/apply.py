@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from delta.bound_patch import BoundPatch, total_bytes
+from delta.bound_patch import total_bytes
+from delta.checked_patch import CheckedPatch, check_patch
 from delta.diff import refuse_to_replace
 from delta.page_grid import Run
-from delta.page_sink import PageSink, TargetBuilder
+from delta.page_sink import PageSink
 from delta.patch_file import PatchReader
-from delta.source_model import SourceModel, open_source
+from delta.source_model import open_source
 from forge.errors import GGUFShardError
 from forge.input_file import read_fully
 from forge.journal import finish_journal
@@ -53,12 +54,6 @@ class FileSink(PageSink):
 
     def settle(self, part: int, end: int) -> None:
         self._files[part].settle(end)
-
-
-def bind(patch: PatchReader, base: SourceModel, reverse: bool, progress: bool) -> BoundPatch:
-    """Hold a patch against its base, with a progress bar while that is hashed."""
-    with progress_bar(base.n_bytes, "check base", progress) as advance:
-        return BoundPatch(patch, base, reverse, advance)
 
 
 def apply_patch(
@@ -103,7 +98,7 @@ def apply_patch(
         of a split model new and others not.)
     """
     with PatchReader(patch) as reader, open_source(base) as model:
-        bound = bind(reader, model, reverse, progress)
+        bound = check_patch(reader, model, reverse, progress)
         paths = part_paths(Path(output), len(bound.files))
         for path in paths:
             refuse_to_replace(model, path)
@@ -115,7 +110,7 @@ def apply_patch(
 
 
 def write_target(
-    bound: BoundPatch, paths: Sequence[Path], force: bool, progress: bool, in_place: bool = False
+    bound: CheckedPatch, paths: Sequence[Path], force: bool, progress: bool, in_place: bool = False
 ) -> None:
     """Build a target in new files, which take their places once all of them are right.
 
@@ -141,7 +136,7 @@ def write_target(
             bound.base.check_in_place()  # now that nobody else may replace it
         total = total_bytes(bound.files)
         advance = stack.enter_context(progress_bar(total, "apply", progress))
-        TargetBuilder(bound, FileSink(files), advance).build()
+        bound.build(FileSink(files), advance)
         bound.base.check_unchanged()
         for file in files:
             finish_journal(file.path)  # of an update that the new file makes undone

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from delta.apply import bind, write_target
-from delta.bound_patch import KEPT, BoundPatch, total_bytes
+from delta.apply import write_target
+from delta.bound_patch import KEPT, total_bytes
+from delta.checked_patch import CheckedPatch, check_patch
 from delta.page_grid import Run, n_paired
-from delta.page_sink import PageSink, TargetBuilder
+from delta.page_sink import PageSink
 from delta.patch_file import PatchReader
 from delta.sharded_update import ShardedUpdate, reshard
 from delta.source_model import PlainModel, ShardedSource, SourceModel, mismatch, open_source
@@ -79,7 +80,7 @@ class JournalSink(PageSink):
         self._journal.overlay(part, offset, buffer)
 
 
-def keeps_places(bound: BoundPatch) -> bool:
+def keeps_places(bound: CheckedPatch) -> bool:
     """Whether everything that a target keeps of its base stays where it is in its file."""
     if len(bound.files) != len(bound.base.names):
         return False
@@ -129,7 +130,7 @@ def update_in_place(
     with PatchReader(patch) as reader, open_source(path) as base:
         if resumed and _is_target(base, reader, reverse):
             return InPlaceResult(path, resumed, False)
-        bound = bind(reader, base, reverse, progress)
+        bound = check_patch(reader, base, reverse, progress)
         if dry_run:
             return InPlaceResult(path, resumed, False)
         if isinstance(base, ShardedSource):
@@ -144,7 +145,7 @@ def _is_target(base: SourceModel, patch: PatchReader, reverse: bool) -> bool:
     return mismatch(base, [file.bytes for file in files], [file.sha256 for file in files]) is None
 
 
-def _update_sharded(bound: BoundPatch, base: ShardedSource, progress: bool) -> None:
+def _update_sharded(bound: CheckedPatch, base: ShardedSource, progress: bool) -> None:
     update = ShardedUpdate.plan(bound, base.model)
     if update is None:
         reshard(bound, base.model, progress)
@@ -154,7 +155,7 @@ def _update_sharded(bound: BoundPatch, base: ShardedSource, progress: bool) -> N
         update.commit(progress)
 
 
-def _update_plain(bound: BoundPatch, base: SourceModel, progress: bool) -> None:
+def _update_plain(bound: CheckedPatch, base: SourceModel, progress: bool) -> None:
     assert isinstance(base, PlainModel)
     in_place = keeps_places(bound)
     paths = base.files_on_disk()
@@ -171,13 +172,13 @@ def _update_plain(bound: BoundPatch, base: SourceModel, progress: bool) -> None:
     with JournalWriter(base.path, files, _recorded_bytes(bound, in_place)) as journal:
         base.check_in_place()  # now that nobody else may change it
         with progress_bar(total, "check target", progress) as advance:
-            TargetBuilder(bound, JournalSink(journal, base, in_place), advance).build()
+            bound.build(JournalSink(journal, base, in_place), advance)
         base.check_unchanged()
         journal.commit()
     finish_journal(base.path, progress=progress)
 
 
-def _recorded_bytes(bound: BoundPatch, in_place: bool) -> int:
+def _recorded_bytes(bound: CheckedPatch, in_place: bool) -> int:
     """What a journal will hold, at most."""
     if not in_place:
         return total_bytes(bound.files)

@@ -6,7 +6,7 @@ whoever writes the target may trust it: each page is kept, copied, or stored, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,7 +19,8 @@ from delta.page_coding import RAW, decode, decode_reverse
 from delta.page_grid import PADDING, Run, RunKey, model_runs, n_paired, stretches
 from delta.patch_file import BOTH, FORWARD, REVERSE, PageGroup, PatchReader, StoredGroup
 from delta.patch_plan import Direction, FileRecord, PageCopy, TouchedRun, decode_header
-from delta.source_model import SourceModel, require
+from delta.source_model import SourceModel
+from forge.buffers import scratch
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader, parse_header
 from forge.info import printable
@@ -52,8 +53,6 @@ class BoundPatch:
         The model it is applied to.
     reverse
         Go back from the target to the base.
-    advance
-        Called with the bytes of the base that have been hashed.
 
     Attributes
     ----------
@@ -74,7 +73,8 @@ class BoundPatch:
     Raises
     ------
     GGUFShardError
-        If the base is not the patch's, or the patch does not fit the models it names.
+        If the patch does not fit the models it names. That may be because the base is another
+        one, which only its SHA-256 tells: see `delta.checked_patch`.
     """
 
     def __init__(
@@ -82,7 +82,6 @@ class BoundPatch:
         patch: PatchReader,
         base: SourceModel,
         reverse: bool = False,
-        advance: Callable[[int], None] = lambda n_bytes: None,
     ) -> None:
         plan = patch.plan
         self.patch = patch
@@ -92,9 +91,6 @@ class BoundPatch:
             raise GGUFShardError(f"{patch.path}: holds no way back: it was made without reversible")
         self._way: Direction = plan.reverse if reverse and plan.reverse else plan.forward
         self.files: tuple[FileRecord, ...] = plan.base if reverse else plan.target
-        origin = plan.target if reverse else plan.base
-        role = "target" if reverse else "base"
-        require(base, [f.bytes for f in origin], [f.sha256 for f in origin], role, advance)
         self._require_size()
         self._rebuild_headers()
         self.runs = model_runs(self.headers)
@@ -130,12 +126,9 @@ class BoundPatch:
         lengths = np.concatenate([run.page_lengths(own) for run, _, own in self._of_runs(pages)])
         base = None
         if stored.group.mode != RAW:
-            others = [
-                (other, first, n)
-                for other, first, n in ((self.others[i], first, n) for i, first, n in spans)
-                if other is not None
-            ]
-            base = read_spans(self.base, others)
+            pairs = ((self.others[index], first, n) for index, first, n in spans)
+            others = ((other, first, n) for other, first, n in pairs if other is not None)
+            base = read_spans(self.base, others, scratch("base", stored.group.n_bytes))
         data = self._decode_content(stored, base, lengths)
         pieces = []
         begin = 0
@@ -160,6 +153,20 @@ class BoundPatch:
             return decode(kind, group.mode, streams, base, lengths, symmetric=symmetric)
         except GGUFShardError as error:
             raise self._fail(f"offset {stored.offset}: group: {error}") from None
+
+    def index_of(self, run: Run) -> int:
+        """The place of a run of the target among its runs."""
+        return self._index[run.key]
+
+    def require_digests(self, sha256: Sequence[str]) -> None:
+        """GGUFShardError if the files of the target are not what the patch says, by their SHA-256,
+        hexadecimal."""
+        for file, found in zip(self.files, sha256, strict=True):
+            if found != file.sha256:
+                raise self._fail(
+                    f"{printable(file.name)} would have SHA-256 {found}, not {file.sha256}: the "
+                    "patch does not make its target"
+                )
 
     def copied(self, run: Run, first: int, count: int) -> Iterator[tuple[int, int, Run, int, bool]]:
         """Where copied pages of a run come from, in pieces of consecutive ones.

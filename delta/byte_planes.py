@@ -129,8 +129,12 @@ def _split_words_loop(words: np.ndarray, planes: np.ndarray) -> None:
 def _join_word_plane_loop(plane: np.ndarray, words: np.ndarray, byte: int) -> None:
     word = words.dtype.type  # unsigned, so that the same comes out with the compiler off
     shift = word(8 * byte)
-    for i in range(words.size):
-        words[i] |= word(word(plane[i]) << shift)
+    if byte == 0:
+        for i in range(words.size):
+            words[i] = word(plane[i])
+    else:
+        for i in range(words.size):
+            words[i] |= word(word(plane[i]) << shift)
 
 
 @cached_njit()
@@ -180,15 +184,14 @@ def split_planes(kind: ElementKind, content: np.ndarray) -> list[np.ndarray]:
     return streams
 
 
-def join_planes(kind: ElementKind, planes: Sequence[np.ndarray], n_bytes: int) -> np.ndarray:
-    """The inverse of `split_planes`, uint8 [n_bytes]; GGUFShardError unless all sizes are right."""
-    check_sizes(planes, plane_sizes(kind, n_bytes))
+def join_planes(kind: ElementKind, planes: Sequence[np.ndarray], content: np.ndarray) -> np.ndarray:
+    """The inverse of `split_planes`, in `content`, uint8 [n_bytes], whose bytes are their sizes
+    together; GGUFShardError if one of them is wrong."""
+    check_sizes(planes, plane_sizes(kind, content.size))
     if kind.has_order:
-        content = np.zeros(n_bytes, np.uint8)
         for byte, plane in enumerate(planes):
             _join_word_plane_loop(plane, content.view(f"u{kind.block_bytes}"), byte)
     else:
-        content = np.empty(n_bytes, np.uint8)
         for plane, (offset, size) in zip(planes, kind.planes, strict=True):
             _copy_pieces_loop(plane, content, size, (0, offset), (size, kind.block_bytes))
     return content
@@ -236,9 +239,10 @@ def _add_difference_loop(known: np.ndarray, zigzag: np.ndarray, out: np.ndarray,
         out[i] = word(here ^ magnitude_mask) if here < 0 else here
 
 
-def ordered_difference(kind: ElementKind, target: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Steps from `base` to `target`, zigzagged: uint8 [n_bytes], like both."""
-    out = np.empty_like(target)
+def ordered_difference(
+    kind: ElementKind, target: np.ndarray, base: np.ndarray, out: np.ndarray
+) -> np.ndarray:
+    """Steps from `base` to `target`, zigzagged, in `out`: uint8 [n_bytes], like both."""
     words = kind.words(out)
     magnitude_mask = words.dtype.type(kind.magnitude_mask)
     difference_loop(kind.words(target), kind.words(base), words, magnitude_mask)

@@ -6,7 +6,7 @@ not be read at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ from delta.page_grid import PADDING, TENSOR, Run, RunKey, model_runs, n_paired
 from delta.page_hash import sample_pages
 from delta.source_model import ShardedSource, SourceModel
 
-_CHUNK_BYTES = 1 << 20
+#: What is read, and made, at once; no page is larger.
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Comparison:
 
 def chunks(run: Run, first: int, end: int) -> Iterator[tuple[int, int]]:
     """Pages `first` to `end` - 1 of a run as (first, count), about a MiB each."""
-    step = max(_CHUNK_BYTES // run.page_bytes, 1)
+    step = max(CHUNK_BYTES // run.page_bytes, 1)
     for begin in range(first, end, step):
         yield begin, min(step, end - begin)
 
@@ -67,15 +68,16 @@ def read_pages(model: SourceModel, run: Run, first: int, count: int) -> np.ndarr
     return model.read(run.part, offset, n_bytes)
 
 
-def read_spans(model: SourceModel, spans: Sequence[tuple[Run, int, int]]) -> np.ndarray:
-    """Bytes of several stretches (run, first page, pages), one after the other, uint8."""
-    places = [(run.part, *run.span(first, count)) for run, first, count in spans]
-    data = np.empty(sum(n_bytes for _, _, n_bytes in places), np.uint8)
+def read_spans(
+    model: SourceModel, spans: Iterable[tuple[Run, int, int]], out: np.ndarray
+) -> np.ndarray:
+    """Bytes of several stretches (run, first page, pages), one after the other, in all of `out`."""
     begin = 0
-    for part, offset, n_bytes in places:
-        model.read_into(part, offset, data[begin : begin + n_bytes])
+    for run, first, count in spans:
+        offset, n_bytes = run.span(first, count)
+        model.read_into(run.part, offset, out[begin : begin + n_bytes])
         begin += n_bytes
-    return data
+    return out
 
 
 def different_pages(a: np.ndarray, b: np.ndarray, page_bytes: int) -> np.ndarray:

@@ -40,6 +40,7 @@ from delta.byte_planes import (
 from delta.compression import compress_streams, decompress
 from delta.exponent_sort import sort_by_exponent
 from delta.mode_choice import MODE_NAMES, ORDERED, RAW, SPARSE, XOR, choose_modes
+from forge.buffers import scratch
 from forge.errors import GGUFShardError
 from forge.jit import cached_njit
 
@@ -98,9 +99,9 @@ def encode(
         return _encode_sparse(target, base, lengths)
     if mode == XOR:
         return split_planes(kind, target ^ base)
-    difference = ordered_difference(kind, target, base)
+    difference = ordered_difference(kind, target, base, scratch("difference", target.size))
     if kind.exponent_bits and not symmetric:
-        difference = sort_by_exponent(kind, difference, base)
+        difference = sort_by_exponent(kind, difference, base, scratch("sorted", base.size))
     return split_planes(kind, difference)
 
 
@@ -140,14 +141,15 @@ def decode(
     _check_mode(kind, mode)
     if mode == RAW:
         check_pages(kind, lengths)
-        return join_planes(kind, streams, int(lengths.sum()))
+        return join_planes(kind, streams, np.empty(lengths.sum(), np.uint8))
     check_pages(kind, lengths, base)
     assert base is not None
     if mode != ORDERED:
         return _apply_xor(kind, mode, streams, base, lengths)
-    difference = join_planes(kind, streams, base.size)
+    difference = join_planes(kind, streams, scratch("difference", base.size))
     if kind.exponent_bits and not symmetric:
-        difference = sort_by_exponent(kind, difference, base, undo=True)
+        unsorted = scratch("sorted", base.size)
+        difference = sort_by_exponent(kind, difference, base, unsorted, undo=True)
     return add_ordered_difference(kind, base, difference)
 
 
@@ -169,7 +171,7 @@ def decode_reverse(
         raise GGUFShardError("mode raw does not lead back to the base")
     if mode != ORDERED:
         return _apply_xor(kind, mode, streams, target, lengths)
-    difference = join_planes(kind, streams, target.size)
+    difference = join_planes(kind, streams, scratch("difference", target.size))
     return add_ordered_difference(kind, target, difference, backwards=True)
 
 
@@ -178,7 +180,7 @@ def _apply_xor(kind: ElementKind, mode: int, streams: Sequence[np.ndarray],
     """One side from the other, XOR or SPARSE."""
     if mode == SPARSE:
         return _decode_sparse(streams, known, lengths)
-    other = join_planes(kind, streams, known.size)
+    other = join_planes(kind, streams, np.empty_like(known))
     return np.bitwise_xor(other, known, out=other)
 
 

@@ -27,6 +27,7 @@ from delta.page_coding import (
 from delta.page_grid import consecutive
 from delta.patch_file import BOTH, PageGroup, render_group
 from delta.source_model import SourceModel
+from forge.buffers import scratch
 
 _STRAY_SHARE = 1 / 128
 
@@ -119,12 +120,14 @@ class PageEncoder:
         """The groups of a batch, and its bytes."""
         kind = element_kind(batch.ggml_type)
         spans, pages, lengths = batch.spans(), batch.pages, batch.lengths
-        target = read_spans(self.target, [(c.run, first, n) for c, first, n in spans])
+        n_bytes = int(lengths.sum())
+        runs = ((change.run, first, n) for change, first, n in spans)
+        target = read_spans(self.target, runs, scratch("target", n_bytes))
         base = None
         modes = np.full(len(pages), RAW, np.uint8)
         if batch.is_paired:
-            others = [(c.other, first, n) for c, first, n in spans if c.other is not None]
-            base = read_spans(self.base, others)
+            others = ((c.other, first, n) for c, first, n in spans if c.other is not None)
+            base = read_spans(self.base, others, scratch("base", n_bytes))
             modes = choose_modes(kind, target, base, lengths)
             if self.directions == BOTH:
                 modes[modes == RAW] = XOR  # which can be undone
@@ -135,7 +138,7 @@ class PageEncoder:
             here = _select(target, lengths, chosen)
             there = None if base is None else _select(base, lengths, chosen)
             groups.append(self._group(kind, mode, pages[chosen], lengths[chosen], here, there))
-        return groups, len(target)
+        return groups, n_bytes
 
     def _group(
         self, kind: ElementKind, mode: int, pages: np.ndarray, lengths: np.ndarray,

@@ -20,9 +20,10 @@ import numpy as np
 import xxhash
 
 from delta.apply import write_target
-from delta.bound_patch import KEPT, BoundPatch, total_bytes
+from delta.bound_patch import KEPT, total_bytes
+from delta.checked_patch import CheckedPatch
 from delta.page_grid import PADDING, Run
-from delta.page_sink import PageSink, TargetBuilder
+from delta.page_sink import PageSink
 from forge.block_layouts import block_layout
 from forge.core_file import core_bytes, core_header, crc_table_bytes, crc_table_digest, page_offset
 from forge.crc32 import CONTENT_BYTES
@@ -76,7 +77,7 @@ class _PagesSink(PageSink):
 
     has_base = True
 
-    def __init__(self, bound: BoundPatch, journal: JournalWriter, future: _FuturePages) -> None:
+    def __init__(self, bound: CheckedPatch, journal: JournalWriter, future: _FuturePages) -> None:
         self.touched: set[int] = set()
         self._bound = bound
         self._journal = journal
@@ -118,7 +119,7 @@ class _PagesSink(PageSink):
             self.touched.update(range(first >> shift, ((first + len(pages) - 1) >> shift) + 1))
 
 
-def _target_map(bound: BoundPatch, old: ShardMap) -> ShardMap | None:
+def _target_map(bound: CheckedPatch, old: ShardMap) -> ShardMap | None:
     """The map that sharding the target gives, with blank digests; None where that cannot be told
     without reading padding."""
     padding: list[list[tuple[int, int]]] = [[] for _ in bound.files]
@@ -174,7 +175,7 @@ class ShardedUpdate:
         Shards with another content, ascending; known then, too.
     """
 
-    def __init__(self, bound: BoundPatch, old: ShardedModel, shard_map: ShardMap) -> None:
+    def __init__(self, bound: CheckedPatch, old: ShardedModel, shard_map: ShardMap) -> None:
         self.changed_shards: list[int] = []
         self.map = shard_map
         self._bound = bound
@@ -195,7 +196,7 @@ class ShardedUpdate:
             raise
 
     @classmethod
-    def plan(cls, bound: BoundPatch, old: ShardedModel) -> ShardedUpdate | None:
+    def plan(cls, bound: CheckedPatch, old: ShardedModel) -> ShardedUpdate | None:
         """The update; None if pages would have to move."""
         shard_map = _target_map(bound, old.map)
         if shard_map is None or not _keeps_pages(old.map, shard_map):
@@ -220,7 +221,7 @@ class ShardedUpdate:
         self._bound.base.check_in_place()  # now that nobody else may change it
         with progress_bar(total_bytes(self._bound.files), "check target", progress) as advance:
             sink = _PagesSink(self._bound, self._journal, self._future)
-            TargetBuilder(self._bound, sink, advance).build()
+            self._bound.build(sink, advance)
         future, old = self._future, self._old.map
         n_pages = future.map.n_pages
         touched = sink.touched
@@ -265,7 +266,7 @@ class ShardedUpdate:
         )
 
 
-def reshard(bound: BoundPatch, old: ShardedModel, progress: bool = False) -> None:
+def reshard(bound: CheckedPatch, old: ShardedModel, progress: bool = False) -> None:
     """Build a target beside the sharded model it replaces, and shard it anew.
 
     Raises

@@ -10,7 +10,6 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from forge.buffers import ReadBuffer, read_buffer
 from forge.errors import GGUFShardError
 from forge.gguf_file import GGUFHeader
 from forge.pending_file import is_at
-from forge.pipeline import in_order
 from forge.sgmap_reader import load_map
 from forge.sharded_model import ShardedModel
 from forge.source_bytes import SourceBytes
@@ -202,18 +200,12 @@ def open_source(path: str | os.PathLike[str]) -> SourceModel:
 def _hash_file(file: SourceFile, n_bytes: int, advance: Callable[[int], None]) -> str:
     """SHA-256 of a file, hexadecimal; the next piece is read while one is hashed."""
     digest = hashlib.sha256()
-    buffers = [ReadBuffer(_HASH_CHUNK) for _ in range(2)]
-
-    def read(offset: int) -> np.ndarray:
-        buffer = buffers[offset // _HASH_CHUNK % 2]
+    buffer = ReadBuffer(_HASH_CHUNK)
+    for offset in range(0, n_bytes, _HASH_CHUNK):
         data = buffer.at(offset, min(_HASH_CHUNK, n_bytes - offset))
         file.read_into(offset, data)
-        return data
-
-    with ThreadPoolExecutor(1) as reader:
-        for data in in_order(reader, read, range(0, n_bytes, _HASH_CHUNK), len(buffers)):
-            digest.update(data.data)
-            advance(len(data))
+        digest.update(data.data)
+        advance(len(data))
     return digest.hexdigest()
 
 

@@ -9,12 +9,16 @@ offset, for writing the same bytes back to it, too.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 
 from forge.pages import PAGE_BYTES
 
 _LARGE = 1 << 15  # below it the call costs more than the copy
 _ALIGNMENT = 64
+
+_of_thread = threading.local()
 
 
 class ReadBuffer:
@@ -29,6 +33,7 @@ class ReadBuffer:
     """
 
     def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
         self._memory = np.empty(n_bytes + PAGE_BYTES, np.uint8)
 
     def at(self, offset: int, n_bytes: int) -> np.ndarray:
@@ -51,3 +56,24 @@ def read_buffer(offset: int, n_bytes: int) -> np.ndarray:
     if n_bytes < _LARGE:
         return np.empty(n_bytes, np.uint8)
     return ReadBuffer(n_bytes).at(offset, n_bytes)
+
+
+def scratch(name: str, n_bytes: int, offset: int = 0) -> np.ndarray:
+    """Memory for what is made on the way to something else, uint8 [n_bytes]; for a read, from byte
+    `offset` of a file on.
+
+    New memory is cleared page by page, and a large array's is given back at once: making it again
+    and again can take longer than what is done in it. This memory stays its thread's, and what is
+    in it is good until the thread asks for the same name again.
+
+    Examples
+    --------
+    >>> one, other = scratch("one", 1000), scratch("other", 1000)
+    >>> one[:], other[:] = 1, 2
+    >>> one.sum(), scratch("one", 10).base is one.base
+    (np.uint64(1000), True)
+    """
+    buffers: dict[str, ReadBuffer] = _of_thread.__dict__
+    if name not in buffers or buffers[name].n_bytes < n_bytes:
+        buffers[name] = ReadBuffer(n_bytes)
+    return buffers[name].at(offset, n_bytes)

@@ -39,14 +39,14 @@ def files(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
 
 def when_bound(monkeypatch: pytest.MonkeyPatch, then: Callable[[], None]) -> None:
     """Let something happen once the base has been read, and nothing of it is locked yet."""
-    bind = apply_in_place.bind
+    check = apply_in_place.check_patch
 
-    def bind_and_then(*arguments: Any) -> Any:
-        bound = bind(*arguments)
+    def check_and_then(*arguments: Any) -> Any:
+        bound = check(*arguments)
         then()
         return bound
 
-    monkeypatch.setattr(apply_in_place, "bind", bind_and_then)
+    monkeypatch.setattr(apply_in_place, "check_patch", check_and_then)
 
 
 def test_a_file_that_was_replaced(

@@ -64,7 +64,7 @@ def test_differences_are_a_bijection_of_all_patterns(ggml_type: T) -> None:
     target = np.arange(1 << 16, dtype="<u2").view(np.uint8)
     for start in (0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x3C00, 0xFC01):
         base = np.full(1 << 16, start, "<u2").view(np.uint8)
-        steps = ordered_difference(kind, target, base)
+        steps = ordered_difference(kind, target, base, np.empty_like(base))
         assert sorted(steps.view("<u2").tolist()) == list(range(1 << 16))
         np.testing.assert_array_equal(add_ordered_difference(kind, base, steps), target)
         back = add_ordered_difference(kind, target, steps, backwards=True)
@@ -81,9 +81,13 @@ def test_from_one_number_to_the_next_is_one_step(ggml_type: T) -> None:
             numbers = (patterns << 16).view("<f4").astype(np.float64)
     order = sorted(patterns[~np.isnan(numbers)], key=lambda p: (numbers[p], -int(p)))  # -0, then 0
     base, target = (np.array(x, "<u2").view(np.uint8) for x in (order[:-1], order[1:]))
-    steps = ordered_difference(element_kind(ggml_type), target, base).view("<u2")
+    steps = ordered_difference(element_kind(ggml_type), target, base, np.empty_like(base)).view(
+        "<u2"
+    )
     assert (steps == 2).all()
-    steps = ordered_difference(element_kind(ggml_type), base, target).view("<u2")
+    steps = ordered_difference(element_kind(ggml_type), base, target, np.empty_like(base)).view(
+        "<u2"
+    )
     assert (steps == 1).all()
 
 
@@ -99,7 +103,7 @@ def test_special_numbers(ggml_type: T) -> None:
     sign = patterns.dtype.type(1 << (8 * size - 1))
     patterns = np.concatenate([patterns, patterns ^ sign])
     target, base = (np.ravel(x).view(np.uint8) for x in np.meshgrid(patterns, patterns))
-    steps = ordered_difference(kind, target, base)
+    steps = ordered_difference(kind, target, base, np.empty_like(base))
     expected = naive.ordered_difference(target.tobytes(), base.tobytes(), size, True)
     assert steps.view(f"<u{size}").tolist() == expected
     np.testing.assert_array_equal(add_ordered_difference(kind, base, steps), target)

@@ -23,7 +23,9 @@ def test_sorting_is_stable_and_can_be_undone(ggml_type: T, n: int) -> None:
     base = rng.integers(0, 256, n * size, dtype=np.uint8)
     base[n // 8 * size : n // 3 * size] = 0x3C  # many of one exponent
     content = np.arange(n, dtype=f"<u{size}").view(np.uint8)
-    result = sort_by_exponent(kind, content, base)
+    result = sort_by_exponent(kind, content, base, np.empty_like(base))
     expected = naive.by_exponent(base.tobytes(), size, exponent_bits)
     assert result.view(f"<u{size}").tolist() == expected
-    np.testing.assert_array_equal(sort_by_exponent(kind, result, base, undo=True), content)
+    np.testing.assert_array_equal(
+        sort_by_exponent(kind, result, base, np.empty_like(base), undo=True), content
+    )

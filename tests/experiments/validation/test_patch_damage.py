@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from delta import bound_patch
+from delta import checked_patch
 from delta.patch_file import PatchReader
 from experiments.validation import patch_damage
 from experiments.validation.damaged_model import small_model
@@ -66,7 +66,7 @@ def test_a_patch_without_its_digest(find: Find, monkeypatch: pytest.MonkeyPatch)
 
 def test_any_base(scene: Scene, probes: list[Probe], monkeypatch: pytest.MonkeyPatch) -> None:
     """Damage where the target takes nothing from the base: only the base's own digest tells."""
-    monkeypatch.setattr(bound_patch, "require", lambda *_: None)
+    monkeypatch.setattr(checked_patch, "require", lambda *_: None)
     small = small_model(scene)
     tensor = small.map.tensors[-1]
     assert tensor.name == "output.weight"

@@ -1,0 +1,120 @@
+"""The bytes of a target, put together in memory.
+
+What the target keeps is read from the base; what the patch stores is decoded once, and stays. So
+any part of the target can be made before there is a file, and made again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+
+from delta.bound_patch import COPIED, KEPT, BoundPatch, Piece
+from delta.page_grid import Run, RunKey, n_paired, stretches
+
+
+def _first_page(piece: Piece) -> int:
+    return piece.first_page
+
+
+class TargetPages:
+    """Pages of a target.
+
+    Parameters
+    ----------
+    bound
+        The patch and its base.
+    """
+
+    def __init__(self, bound: BoundPatch) -> None:
+        self._bound = bound
+        self._stored: dict[RunKey, list[Piece]] = defaultdict(list)
+
+    def store(self, pieces: list[Piece]) -> None:
+        """Keep the pages of a group that has been decoded."""
+        for piece in pieces:
+            insort(self._stored[piece.run.key], piece, key=_first_page)
+
+    def groups_of(self, index: int, first: int, count: int) -> list[int]:
+        """The groups that hold the pages of a stretch, or what is copied there; ascending."""
+        bound = self._bound
+        sources = bound.sources[index][first : first + count]
+        if (sources == KEPT).all():  # mostly
+            return []
+        groups = [sources[sources >= 0]]
+        for _, n, source, page, from_target in self._copies(index, first, count):
+            if from_target:
+                groups.append(bound.sources[bound.index_of(source)][page : page + n])
+        return np.unique(np.concatenate(groups)).tolist()
+
+    def fill(self, index: int, first: int, out: np.ndarray) -> None:
+        """Make consecutive pages of a run, whose groups are stored.
+
+        Parameters
+        ----------
+        index
+            Of the run among the target's.
+        first
+            The first page.
+        out
+            uint8, contiguous, as long as the pages.
+
+        Raises
+        ------
+        GGUFShardError
+            If the base cannot be read.
+        """
+        base, run = self._bound.base, self._bound.runs[index]
+        count = -(-len(out) // run.page_bytes)
+        self._keep(index, first, out)
+        if (self._bound.sources[index][first : first + count] == KEPT).all():
+            return
+        for page, data in self._stored_of(run, first, count):
+            begin = (page - first) * run.page_bytes
+            out[begin : begin + len(data)] = data
+        for to, n, source, page, from_target in self._copies(index, first, count):
+            begin = (to - first) * run.page_bytes
+            if not from_target:
+                offset, n_bytes = source.span(page, n)
+                base.read_into(source.part, offset, out[begin : begin + n_bytes])
+                continue
+            for found, data in self._stored_of(source, page, n):
+                place = begin + (found - page) * source.page_bytes
+                out[place : place + len(data)] = data
+
+    def _keep(self, index: int, first: int, out: np.ndarray) -> None:
+        """The base's pages of the same places, and zero where it has none."""
+        run, other = self._bound.runs[index], self._bound.others[index]
+        end = min(n_paired(run, other) - first, -(-len(out) // run.page_bytes))
+        n_bytes = 0
+        if other is not None and end > 0:
+            offset, n_bytes = other.span(first, end)
+            if (self._bound.sources[index][first : first + end] == KEPT).any():
+                self._bound.base.read_into(other.part, offset, out[:n_bytes])
+        out[n_bytes:] = 0
+
+    def _copies(
+        self, index: int, first: int, count: int
+    ) -> Iterator[tuple[int, int, Run, int, bool]]:
+        """What `BoundPatch.copied` says of those pages of a stretch that are copied."""
+        sources = self._bound.sources[index][first : first + count]
+        for begin, end in stretches(sources == COPIED):
+            yield from self._bound.copied(self._bound.runs[index], first + begin, end - begin)
+
+    def _stored_of(self, run: Run, first: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
+        """What is stored of a stretch: first page and bytes of each piece."""
+        pieces = self._stored.get(run.key, [])
+        at = max(bisect_right(pieces, first, key=_first_page) - 1, 0)
+        while at < len(pieces) and pieces[at].first_page < first + count:
+            piece = pieces[at]
+            begin = max(first, piece.first_page)
+            places = slice(
+                (begin - piece.first_page) * run.page_bytes,
+                (first + count - piece.first_page) * run.page_bytes,
+            )
+            if len(piece.data[places]):
+                yield begin, piece.data[places]
+            at += 1
