@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ from forge.errors import GGUFShardError
 from forge.info import printable
 from forge.pipeline import in_order
 
-_MOST_STORED_BYTES = 160 << 20
+_MOST_STORED_BYTES = 128 << 20
 _DECODERS, _WRITERS = 2, 2
 _IN_FLIGHT = 4
 
@@ -84,6 +84,8 @@ class Rehearsal:
         ------
         GGUFShardError
             If the base or the patch cannot be read, or a SHA-256 is wrong.
+        CancelledError
+            If it was ended early.
         """
         digests = [hashlib.sha256(data) for data in self._bound.header_bytes]
         with ThreadPoolExecutor(_DECODERS) as decoders:
@@ -91,7 +93,7 @@ class Rehearsal:
             try:
                 for stretch in self._stretches:
                     if stop.is_set():
-                        break
+                        raise CancelledError
                     for group in stretch.groups:
                         if group in groups:
                             self._pages.store(groups.pop(group).result())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from delta import rehearsal
 from delta.apply import apply_patch
 from delta.apply_in_place import update_in_place
 from delta.diff import create_patch
@@ -49,6 +50,20 @@ def test_in_place(pair: Sequence[Path], tmp_path: Path) -> None:
     assert result.changed and not result.resumed
     assert base.read_bytes() == target.read_bytes()
     assert not _leftovers(tmp_path)
+
+
+def test_what_would_take_too_much_memory(
+    pair: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it is made as it is written."""
+    base, target, new = pair
+    create_patch(base, target, tmp_path / "p", reversible=True)
+    monkeypatch.setattr(rehearsal, "_MOST_STORED_BYTES", -1)
+    monkeypatch.setattr(rehearsal.Rehearsal, "run", None)
+    apply_patch(base, tmp_path / "p", new)
+    assert new.read_bytes() == target.read_bytes()
+    update_in_place(new, tmp_path / "p", reverse=True)
+    assert new.read_bytes() == base.read_bytes()
 
 
 def test_reverse(pair: Sequence[Path], tmp_path: Path) -> None:
