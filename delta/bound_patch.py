@@ -15,7 +15,7 @@ import numpy as np
 from delta.byte_planes import element_kind
 from delta.compare import read_spans
 from delta.moved_pages import numbered
-from delta.page_coding import RAW, decode, decode_reverse
+from delta.page_coding import RAW, decode, decode_edits, decode_reverse
 from delta.page_grid import PADDING, Run, RunKey, model_runs, n_paired, stretches
 from delta.patch_file import BOTH, FORWARD, REVERSE, PageGroup, PatchReader, StoredGroup
 from delta.patch_plan import Direction, FileRecord, PageCopy, TouchedRun, decode_header
@@ -40,6 +40,25 @@ class Piece:
     run: Run
     first_page: int
     data: np.ndarray
+
+
+@dataclass(frozen=True)
+class RunEdits:
+    """Changed bytes of a run of the target.
+
+    Attributes
+    ----------
+    run
+        The run.
+    places
+        Where in it, int64 [n_edits], ascending.
+    values
+        The XOR with the base's bytes, uint8 [n_edits].
+    """
+
+    run: Run
+    places: np.ndarray
+    values: np.ndarray
 
 
 class BoundPatch:
@@ -138,6 +157,25 @@ class BoundPatch:
             pieces.append(Piece(run, first, data[begin : begin + size]))
             begin += size
         return pieces
+
+    def decode_edits(self, stored: StoredGroup) -> list[RunEdits]:
+        """The changed bytes of a group in SPARSE; errors as of `decode`."""
+        pages = self._pages_here(stored.group)
+        of_runs = list(self._of_runs(pages))
+        lengths = np.concatenate([run.page_lengths(own) for run, _, own in of_runs])
+        try:
+            edits = decode_edits(self.patch.streams(stored), lengths)
+        except GGUFShardError as error:
+            raise self._fail(f"offset {stored.offset}: group: {error}") from None
+        found = []
+        n_before = 0
+        for run, _, own in of_runs:
+            begin, end = np.searchsorted(edits.pages, [n_before, n_before + len(own)]).tolist()
+            places = own[edits.pages[begin:end] - n_before] * run.page_bytes
+            places += edits.places[begin:end]
+            found.append(RunEdits(run, places, edits.values[begin:end]))
+            n_before += len(own)
+        return found
 
     def _decode_content(
         self, stored: StoredGroup, base: np.ndarray | None, lengths: np.ndarray

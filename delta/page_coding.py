@@ -24,6 +24,7 @@ they expand to is known before; what SPARSE says is checked where it is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,8 +46,9 @@ from forge.errors import GGUFShardError
 from forge.jit import cached_njit
 
 __all__ = [
-    "GROUP_BYTES", "MODE_NAMES", "ORDERED", "RAW", "SPARSE", "XOR", "choose_modes",
-    "compress_streams", "decode", "decode_reverse", "decompress", "encode", "stream_sizes",
+    "GROUP_BYTES", "MODE_NAMES", "ORDERED", "RAW", "SPARSE", "XOR", "Edits", "choose_modes",
+    "compress_streams", "decode", "decode_edits", "decode_reverse", "decompress", "encode",
+    "stream_sizes",
 ]  # fmt: skip
 
 GROUP_BYTES = 4 << 20
@@ -204,18 +206,18 @@ def _list_edits_loop(target: np.ndarray, base: np.ndarray, lengths: np.ndarray,
 
 
 @cached_njit()
-def _make_edits_loop(content: np.ndarray, lengths: np.ndarray, counts: np.ndarray,
-                     gaps: np.ndarray, values: np.ndarray) -> int:  # fmt: skip
-    """Make the edits; the page of the first that cannot be, or -1. Counts are as many as gaps."""
-    edit, end = 0, 0
+def _place_edits_loop(lengths: np.ndarray, counts: np.ndarray, gaps: np.ndarray,
+                      values: np.ndarray, places: np.ndarray) -> int:  # fmt: skip
+    """Where in their pages the edits are; the page of the first that cannot be, or -1. Counts are
+    as many as gaps."""
+    edit = 0
     for page in range(lengths.size):
-        place = np.int64(end - 1)
-        end += lengths[page]
+        place = np.int64(-1)
         for _ in range(counts[page]):
             place += np.int64(gaps[edit]) + 1
-            if place >= end or values[edit] == 0:
+            if place >= lengths[page] or values[edit] == 0:
                 return page
-            content[place] ^= values[edit]
+            places[edit] = place
             edit += 1
     return -1
 
@@ -228,9 +230,30 @@ def _encode_sparse(target: np.ndarray, base: np.ndarray, lengths: np.ndarray) ->
     return [half for u16 in (counts, gaps) for half in _halves(u16)] + [values]
 
 
-def _decode_sparse(
-    streams: Sequence[np.ndarray], known: np.ndarray, lengths: np.ndarray
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Edits:
+    """Changed bytes of pages.
+
+    Attributes
+    ----------
+    pages
+        Which of the pages each is in, int64 [n_edits], ascending.
+    places
+        Where in it, int64 [n_edits].
+    values
+        Its XOR with the base's, uint8 [n_edits].
+    """
+
+    pages: np.ndarray
+    places: np.ndarray
+    values: np.ndarray
+
+
+def decode_edits(streams: Sequence[np.ndarray], lengths: np.ndarray) -> Edits:
+    """What a group in SPARSE says, with no need of the base.
+
+    Parameters are those of `decode`. GGUFShardError if the streams make no sense.
+    """
     n_edits = streams[-1].size if streams else 0
     check_sizes(streams, [lengths.size, lengths.size, n_edits, n_edits, n_edits])
     counts, gaps = _from_halves(*streams[:2]), _from_halves(*streams[2:4])
@@ -238,10 +261,20 @@ def _decode_sparse(
         raise GGUFShardError(
             f"pages count {counts.sum(dtype=np.int64)} changed bytes, not {n_edits}"
         )
-    content = known.copy()
-    page = _make_edits_loop(content, lengths, counts, gaps, streams[4])
+    places = np.empty(n_edits, np.int64)
+    page = _place_edits_loop(lengths, counts, gaps, streams[4], places)
     if page >= 0:
         raise GGUFShardError(f"page {page} of its group has a change past its end or of nothing")
+    return Edits(np.repeat(np.arange(lengths.size), counts), places, streams[4])
+
+
+def _decode_sparse(
+    streams: Sequence[np.ndarray], known: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+    edits = decode_edits(streams, lengths)
+    content = known.copy()
+    begins = np.cumsum(lengths) - lengths
+    content[begins[edits.pages] + edits.places] ^= edits.values  # no place comes twice
     return content
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from delta.bound_patch import KEPT, BoundPatch, Piece
+from delta.bound_patch import KEPT, BoundPatch
 from delta.compare import chunks
 from delta.page_grid import n_paired, stretches
 from delta.page_sink import PageSink
@@ -89,14 +89,14 @@ class Rehearsal:
         """
         digests = [hashlib.sha256(data) for data in self._bound.header_bytes]
         with ThreadPoolExecutor(_DECODERS) as decoders:
-            groups = {group: decoders.submit(self._decode, group) for group in self._groups()}
+            groups = {group: decoders.submit(self._pages.decode, group) for group in self._groups()}
             try:
                 for stretch in self._stretches:
                     if stop.is_set():
                         raise CancelledError
                     for group in stretch.groups:
                         if group in groups:
-                            self._pages.store(groups.pop(group).result())
+                            self._pages.store(group, groups.pop(group).result())
                     data = self._make(stretch)
                     digests[self._bound.runs[stretch.index].part].update(data.data)
                     self._marks.append(xxhash.xxh3_128_intdigest(data.data))
@@ -142,9 +142,6 @@ class Rehearsal:
     def _groups(self) -> dict[int, None]:
         """All groups, in the order in which they are needed."""
         return dict.fromkeys(group for stretch in self._stretches for group in stretch.groups)
-
-    def _decode(self, group: int) -> list[Piece]:
-        return self._bound.decode(self._bound.groups[group])
 
     def _make(self, stretch: _Stretch) -> np.ndarray:
         """The bytes of a stretch, good until this thread makes the next."""

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from delta.bound_patch import COPIED, KEPT, BoundPatch, Piece
+from delta.bound_patch import COPIED, KEPT, BoundPatch, Piece, RunEdits
+from delta.mode_choice import SPARSE
 from delta.page_grid import Run, RunKey, n_paired, stretches
 
 
@@ -31,12 +32,33 @@ class TargetPages:
 
     def __init__(self, bound: BoundPatch) -> None:
         self._bound = bound
-        self._stored: dict[RunKey, list[Piece]] = defaultdict(list)
+        self._pieces: dict[RunKey, list[Piece]] = defaultdict(list)
+        self._edits: dict[tuple[int, RunKey], RunEdits] = {}
+        is_sparse = [stored.group.mode == SPARSE for stored in bound.groups]
+        # Whether pages are made from the base's, by their source; COPIED is the last but one, KEPT
+        # the last.
+        self._is_of_base = np.array([*is_sparse, False, True])
 
-    def store(self, pieces: list[Piece]) -> None:
-        """Keep the pages of a group that has been decoded."""
-        for piece in pieces:
-            insort(self._stored[piece.run.key], piece, key=_first_page)
+    def decode(self, group: int) -> list[Piece] | list[RunEdits]:
+        """What a group says; may be called by several threads.
+
+        Raises
+        ------
+        GGUFShardError
+            As of `BoundPatch.decode`.
+        """
+        stored = self._bound.groups[group]
+        if stored.group.mode == SPARSE:
+            return self._bound.decode_edits(stored)
+        return self._bound.decode(stored)
+
+    def store(self, group: int, decoded: list[Piece] | list[RunEdits]) -> None:
+        """Keep what a group says."""
+        for part in decoded:
+            if isinstance(part, RunEdits):
+                self._edits[group, part.run.key] = part
+            else:
+                insort(self._pieces[part.run.key], part, key=_first_page)
 
     def groups_of(self, index: int, first: int, count: int) -> list[int]:
         """The groups that hold the pages of a stretch, or what is copied there; ascending."""
@@ -67,32 +89,37 @@ class TargetPages:
         GGUFShardError
             If the base cannot be read.
         """
-        base, run = self._bound.base, self._bound.runs[index]
+        run = self._bound.runs[index]
         count = -(-len(out) // run.page_bytes)
-        self._keep(index, first, out)
-        if (self._bound.sources[index][first : first + count] == KEPT).all():
+        sources = self._bound.sources[index][first : first + count]
+        self._keep(index, first, out, sources)
+        if (sources == KEPT).all():
             return
         for page, data in self._stored_of(run, first, count):
             begin = (page - first) * run.page_bytes
             out[begin : begin + len(data)] = data
+        for group in np.unique(sources[self._is_of_base[sources] & (sources != KEPT)]).tolist():
+            edits = self._edits[group, run.key]
+            begin = first * run.page_bytes
+            here = slice(*np.searchsorted(edits.places, [begin, begin + len(out)]))
+            out[edits.places[here] - begin] ^= edits.values[here]
         for to, n, source, page, from_target in self._copies(index, first, count):
+            offset, n_bytes = source.span(page, n)
             begin = (to - first) * run.page_bytes
-            if not from_target:
-                offset, n_bytes = source.span(page, n)
-                base.read_into(source.part, offset, out[begin : begin + n_bytes])
-                continue
-            for found, data in self._stored_of(source, page, n):
-                place = begin + (found - page) * source.page_bytes
-                out[place : place + len(data)] = data
+            there = out[begin : begin + n_bytes]
+            if from_target:
+                self.fill(self._bound.index_of(source), page, there)  # which are no copies
+            else:
+                self._bound.base.read_into(source.part, offset, there)
 
-    def _keep(self, index: int, first: int, out: np.ndarray) -> None:
-        """The base's pages of the same places, and zero where it has none."""
+    def _keep(self, index: int, first: int, out: np.ndarray, sources: np.ndarray) -> None:
+        """The base's pages of the same places, where they count, and zero where it has none."""
         run, other = self._bound.runs[index], self._bound.others[index]
-        end = min(n_paired(run, other) - first, -(-len(out) // run.page_bytes))
+        end = min(n_paired(run, other) - first, len(sources))
         n_bytes = 0
         if other is not None and end > 0:
             offset, n_bytes = other.span(first, end)
-            if (self._bound.sources[index][first : first + end] == KEPT).any():
+            if self._is_of_base[sources[:end]].any():
                 self._bound.base.read_into(other.part, offset, out[:n_bytes])
         out[n_bytes:] = 0
 
@@ -106,7 +133,7 @@ class TargetPages:
 
     def _stored_of(self, run: Run, first: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
         """What is stored of a stretch: first page and bytes of each piece."""
-        pieces = self._stored.get(run.key, [])
+        pieces = self._pieces.get(run.key, [])
         at = max(bisect_right(pieces, first, key=_first_page) - 1, 0)
         while at < len(pieces) and pieces[at].first_page < first + count:
             piece = pieces[at]
