@@ -15,8 +15,7 @@ from delta.page_grid import PADDING, TENSOR, Run, RunKey, model_runs, n_paired
 from delta.page_hash import sample_pages
 from delta.source_model import ShardedSource, SourceModel
 
-#: What is read, and made, at once; no page is larger.
-CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,9 @@ class Comparison:
     backward: tuple[RunChange, ...]
 
 
-def chunks(run: Run, first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Pages `first` to `end` - 1 of a run as (first, count), about a MiB each."""
-    step = max(CHUNK_BYTES // run.page_bytes, 1)
+def chunks(run: Run, first: int, end: int, n_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+    """Pages `first` to `end` - 1 of a run as (first, count), about so many bytes each, or a MiB."""
+    step = max((n_bytes or _CHUNK_BYTES) // run.page_bytes, 1)
     for begin in range(first, end, step):
         yield begin, min(step, end - begin)
 

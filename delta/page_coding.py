@@ -207,9 +207,10 @@ def _list_edits_loop(target: np.ndarray, base: np.ndarray, lengths: np.ndarray,
 
 @cached_njit()
 def _place_edits_loop(lengths: np.ndarray, counts: np.ndarray, gaps: np.ndarray,
-                      values: np.ndarray, places: np.ndarray) -> int:  # fmt: skip
-    """Where in their pages the edits are; the page of the first that cannot be, or -1. Counts are
-    as many as gaps."""
+                      values: np.ndarray, pages: np.ndarray,
+                      places: np.ndarray) -> int:  # fmt: skip
+    """In which pages the edits are, and where; the page of the first that cannot be, or -1. Counts
+    are as many as gaps."""
     edit = 0
     for page in range(lengths.size):
         place = np.int64(-1)
@@ -217,7 +218,7 @@ def _place_edits_loop(lengths: np.ndarray, counts: np.ndarray, gaps: np.ndarray,
             place += np.int64(gaps[edit]) + 1
             if place >= lengths[page] or values[edit] == 0:
                 return page
-            places[edit] = place
+            pages[edit], places[edit] = page, place
             edit += 1
     return -1
 
@@ -237,9 +238,9 @@ class Edits:
     Attributes
     ----------
     pages
-        Which of the pages each is in, int64 [n_edits], ascending.
+        Which of the pages each is in, int32 [n_edits], ascending.
     places
-        Where in it, int64 [n_edits].
+        Where in it, int32 [n_edits].
     values
         Its XOR with the base's, uint8 [n_edits].
     """
@@ -261,11 +262,11 @@ def decode_edits(streams: Sequence[np.ndarray], lengths: np.ndarray) -> Edits:
         raise GGUFShardError(
             f"pages count {counts.sum(dtype=np.int64)} changed bytes, not {n_edits}"
         )
-    places = np.empty(n_edits, np.int64)
-    page = _place_edits_loop(lengths, counts, gaps, streams[4], places)
+    pages, places = np.empty((2, n_edits), np.int32)
+    page = _place_edits_loop(lengths, counts, gaps, streams[4], pages, places)
     if page >= 0:
         raise GGUFShardError(f"page {page} of its group has a change past its end or of nothing")
-    return Edits(np.repeat(np.arange(lengths.size), counts), places, streams[4])
+    return Edits(pages, places, streams[4])
 
 
 def _decode_sparse(

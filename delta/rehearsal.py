@@ -32,13 +32,14 @@ from forge.info import printable
 from forge.pipeline import in_order
 
 _MOST_STORED_BYTES = 128 << 20
+_STRETCH_BYTES = 4 << 20
 _DECODERS, _WRITERS = 2, 2
 _IN_FLIGHT = 4
 
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Up to a MiB of a file: pages of a run, and the groups that they are in or copied from."""
+    """A few MiB of a file: pages of a run, and the groups that they are in or copied from."""
 
     index: int
     first: int
@@ -135,7 +136,7 @@ class Rehearsal:
     def _cut(self) -> Iterator[_Stretch]:
         """The target as stretches, in file order."""
         for index, run in enumerate(self._bound.runs):
-            for first, count in chunks(run, 0, run.n_pages):
+            for first, count in chunks(run, 0, run.n_pages, _STRETCH_BYTES):
                 groups = self._pages.groups_of(index, first, count)
                 yield _Stretch(index, first, count, groups)
 

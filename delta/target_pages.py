@@ -128,6 +128,8 @@ class TargetPages:
     ) -> Iterator[tuple[int, int, Run, int, bool]]:
         """What `BoundPatch.copied` says of those pages of a stretch that are copied."""
         sources = self._bound.sources[index][first : first + count]
+        if not (sources == COPIED).any():
+            return
         for begin, end in stretches(sources == COPIED):
             yield from self._bound.copied(self._bound.runs[index], first + begin, end - begin)
 

@@ -149,7 +149,7 @@ def test_chunks_do_not_matter(
 ) -> None:
     with PlainModel(pair[0]) as base, PlainModel(pair[1]) as target:
         whole = _compared(base, target)
-        monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(module, "_CHUNK_BYTES", chunk_bytes)
         assert said(_compared(base, target).forward) == said(whole.forward)
 
 
@@ -254,7 +254,7 @@ def _pages_of(model: ShardedSource, run: Run) -> range:
 
 def test_only_chunks_that_differ_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Page by page, that is no page but those of shards that differ."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
     base, target = _sharded(tmp_path, "single bytes", 1)
     with base, target:
         tensors = _tensor_pages(base)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from delta import apply, compare
+from delta import apply, rehearsal
 from delta.apply import FileSink, apply_patch
 from delta.bound_patch import BoundPatch
 from delta.checked_patch import CheckedPatch
@@ -43,15 +43,15 @@ def no_writing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("chunk_bytes", [1, 10_000])
-def test_pieces_do_not_matter(
-    case: str, chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stretch_bytes", [1, 10_000])
+def test_stretches_do_not_matter(
+    case: str, stretch_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, target, patch, new = (tmp_path / name for name in ("base.gguf", "t.gguf", "p", "n.gguf"))
     for path, data in zip((base, target), CASES[case], strict=True):
         path.write_bytes(data)
     create_patch(base, target, patch)
-    monkeypatch.setattr(compare, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(rehearsal, "_STRETCH_BYTES", stretch_bytes)
     done: list[int] = []
     with PatchReader(patch) as reader, PlainModel(base) as model:
         bound = CheckedPatch(reader, model)
