@@ -167,14 +167,16 @@ class BoundPatch:
             edits = decode_edits(self.patch.streams(stored), lengths)
         except GGUFShardError as error:
             raise self._fail(f"offset {stored.offset}: group: {error}") from None
+        begins = np.cumsum(lengths) - lengths
         found = []
-        n_before = 0
+        page = edit = 0
         for run, _, own in of_runs:
-            begin, end = np.searchsorted(edits.pages, [n_before, n_before + len(own)]).tolist()
-            places = own[edits.pages[begin:end] - n_before] * run.page_bytes
-            places += edits.places[begin:end]
-            found.append(RunEdits(run, places, edits.values[begin:end]))
-            n_before += len(own)
+            counts = edits.counts[page : page + len(own)]
+            moves = own * run.page_bytes - begins[page : page + len(own)]
+            moves = np.repeat(moves, counts)
+            here = slice(edit, edit + len(moves))
+            found.append(RunEdits(run, edits.places[here] + moves, edits.values[here]))
+            page, edit = page + len(own), here.stop
         return found
 
     def _decode_content(

@@ -207,18 +207,17 @@ def _list_edits_loop(target: np.ndarray, base: np.ndarray, lengths: np.ndarray,
 
 @cached_njit()
 def _place_edits_loop(lengths: np.ndarray, counts: np.ndarray, gaps: np.ndarray,
-                      values: np.ndarray, pages: np.ndarray,
-                      places: np.ndarray) -> int:  # fmt: skip
-    """In which pages the edits are, and where; the page of the first that cannot be, or -1. Counts
-    are as many as gaps."""
-    edit = 0
+                      values: np.ndarray, places: np.ndarray) -> int:  # fmt: skip
+    """Where edits are; the page of the first that cannot be, or -1. Counts are as many as gaps."""
+    edit, end = 0, 0
     for page in range(lengths.size):
-        place = np.int64(-1)
+        place = np.int64(end - 1)
+        end += lengths[page]
         for _ in range(counts[page]):
             place += np.int64(gaps[edit]) + 1
-            if place >= lengths[page] or values[edit] == 0:
+            if place >= end or values[edit] == 0:
                 return page
-            pages[edit], places[edit] = page, place
+            places[edit] = place
             edit += 1
     return -1
 
@@ -233,19 +232,19 @@ def _encode_sparse(target: np.ndarray, base: np.ndarray, lengths: np.ndarray) ->
 
 @dataclass(frozen=True)
 class Edits:
-    """Changed bytes of pages.
+    """Changed bytes of pages that lie one after the other.
 
     Attributes
     ----------
-    pages
-        Which of the pages each is in, int32 [n_edits], ascending.
+    counts
+        How many each page has, uint16 [n_pages].
     places
-        Where in it, int32 [n_edits].
+        Where they are, counted from the first byte of the first page: int64 [n_edits], ascending.
     values
-        Its XOR with the base's, uint8 [n_edits].
+        Their XOR with the base's bytes, uint8 [n_edits].
     """
 
-    pages: np.ndarray
+    counts: np.ndarray
     places: np.ndarray
     values: np.ndarray
 
@@ -262,11 +261,11 @@ def decode_edits(streams: Sequence[np.ndarray], lengths: np.ndarray) -> Edits:
         raise GGUFShardError(
             f"pages count {counts.sum(dtype=np.int64)} changed bytes, not {n_edits}"
         )
-    pages, places = np.empty((2, n_edits), np.int32)
-    page = _place_edits_loop(lengths, counts, gaps, streams[4], pages, places)
+    places = np.empty(n_edits, np.int64)
+    page = _place_edits_loop(lengths, counts, gaps, streams[4], places)
     if page >= 0:
         raise GGUFShardError(f"page {page} of its group has a change past its end or of nothing")
-    return Edits(pages, places, streams[4])
+    return Edits(counts, places, streams[4])
 
 
 def _decode_sparse(
@@ -274,8 +273,7 @@ def _decode_sparse(
 ) -> np.ndarray:
     edits = decode_edits(streams, lengths)
     content = known.copy()
-    begins = np.cumsum(lengths) - lengths
-    content[begins[edits.pages] + edits.places] ^= edits.values  # no place comes twice
+    content[edits.places] ^= edits.values  # no place comes twice
     return content
 
 

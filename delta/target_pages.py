@@ -15,10 +15,18 @@ import numpy as np
 from delta.bound_patch import COPIED, KEPT, BoundPatch, Piece, RunEdits
 from delta.mode_choice import SPARSE
 from delta.page_grid import Run, RunKey, n_paired, stretches
+from delta.patch_file import PageGroup
+
+_EDIT_BYTES = 9  # of memory: a place and a value
 
 
 def _first_page(piece: Piece) -> int:
     return piece.first_page
+
+
+def _is_of_few_edits(group: PageGroup) -> bool:
+    """Whether a group says what it changes in less memory than the pages take."""
+    return group.mode == SPARSE and _EDIT_BYTES * group.n_edits < group.n_bytes
 
 
 class TargetPages:
@@ -34,7 +42,7 @@ class TargetPages:
         self._bound = bound
         self._pieces: dict[RunKey, list[Piece]] = defaultdict(list)
         self._edits: dict[tuple[int, RunKey], RunEdits] = {}
-        is_sparse = [stored.group.mode == SPARSE for stored in bound.groups]
+        is_sparse = [_is_of_few_edits(stored.group) for stored in bound.groups]
         # Whether pages are made from the base's, by their source; COPIED is the last but one, KEPT
         # the last.
         self._is_of_base = np.array([*is_sparse, False, True])
@@ -48,7 +56,7 @@ class TargetPages:
             As of `BoundPatch.decode`.
         """
         stored = self._bound.groups[group]
-        if stored.group.mode == SPARSE:
+        if self._is_of_base[group]:
             return self._bound.decode_edits(stored)
         return self._bound.decode(stored)
 

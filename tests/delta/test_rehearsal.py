@@ -9,15 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 from delta import apply, rehearsal
 from delta.apply import FileSink, apply_patch
-from delta.bound_patch import BoundPatch
+from delta.bound_patch import COPIED, BoundPatch, Piece, RunEdits
 from delta.checked_patch import CheckedPatch
 from delta.diff import create_patch
 from delta.patch_file import PatchReader
 from delta.rehearsal import Rehearsal
 from delta.source_model import PlainModel, SourceModel, open_source
+from delta.target_pages import TargetPages
+from experiments.validation.gguf_factory import Tensor, gguf
 from forge.errors import GGUFShardError
 from forge.pending_file import PendingFile
 from forge.shard import shard_model
@@ -150,6 +153,43 @@ def test_a_base_that_changes_in_between(pair: Sequence[Path]) -> None:
             pytest.raises(GGUFShardError, match="what was written is not what the base gave"),
         ):
             bound.build(FileSink([pending]), lambda n_bytes: None)
+
+
+def _with_bytes(data: bytes, places: Sequence[int], values: bytes) -> bytes:
+    changed = bytearray(data)
+    for place, value in zip(places, values, strict=True):
+        changed[place] ^= value
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("n_edits", [3, 900])
+def test_single_bytes_and_copies_of_such_pages(tmp_path: Path, n_edits: int, reverse: bool) -> None:
+    """Few changed bytes need no pages of their own; many take less memory as pages."""
+    page = 4088
+    random = np.random.default_rng(5)
+    weights = random.bytes(40 * page)
+    edits = [7 * page + i * 4 for i in range(n_edits)]
+    changed = _with_bytes(weights, edits, bytes([9]) * n_edits)
+    changed = changed[: 20 * page] + changed[7 * page : 8 * page] + changed[21 * page :]
+    paths = [tmp_path / name for name in ("base.gguf", "target.gguf", "p", "new.gguf")]
+    for path, data in zip(paths, (weights, changed), strict=False):
+        tensor = Tensor("w", int(GGMLQuantizationType.F16), (page // 2, 40), data)
+        path.write_bytes(gguf([tensor]))
+    base, target, patch, new = paths
+    create_patch(base, target, patch, reversible=True)
+    if reverse:
+        base, target = target, base
+    with PatchReader(patch) as reader, PlainModel(base) as model:
+        bound = BoundPatch(reader, model, reverse)
+        pages = TargetPages(bound)
+        kinds = {type(part) for group in range(len(bound.groups)) for part in pages.decode(group)}
+        if not reverse:
+            sources = bound.sources[[run.name for run in bound.runs].index("w")]
+            assert sources[20] == COPIED and sources[7] >= 0
+            assert kinds == {RunEdits if n_edits == 3 else Piece}
+    apply_patch(base, patch, new, reverse=reverse)
+    assert new.read_bytes() == target.read_bytes()
 
 
 def _is_worthwhile(base: SourceModel, patch: Path) -> bool:
