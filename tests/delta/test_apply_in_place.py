@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
 from delta import apply_in_place
 from delta.apply_in_place import update_in_place
 from delta.diff import create_patch
+from delta.patch_file import PatchReader
 from experiments.validation.gguf_factory import split_model, tensor
 from forge.errors import GGUFShardError
+from forge.journal import JournalWriter
 from forge.pending_file import journal_path
 from forge.shard import ShardOptions, shard_model
 from tests.delta.model_pairs import CASES
@@ -47,6 +50,25 @@ def when_bound(monkeypatch: pytest.MonkeyPatch, then: Callable[[], None]) -> Non
         return bound
 
     monkeypatch.setattr(apply_in_place, "check_patch", check_and_then)
+
+
+@pytest.mark.parametrize("files", ["nudged weights"], indirect=True)
+def test_only_what_changes_is_recorded(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, patch = files
+    recorded = list[int]()
+    record = JournalWriter.record
+
+    def counted(self: JournalWriter, file: int, offset: int, data: bytes | np.ndarray) -> None:
+        recorded.append(len(data))
+        record(self, file, offset, data)
+
+    monkeypatch.setattr(JournalWriter, "record", counted)
+    with PatchReader(patch) as reader:
+        changed = {int(page) for group in reader.groups for page in group.group.pages}
+    update_in_place(base, patch)
+    assert 0 < sum(recorded) <= 4096 * len(changed)
 
 
 def test_a_file_that_was_replaced(

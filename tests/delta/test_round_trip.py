@@ -11,6 +11,7 @@ from delta import rehearsal
 from delta.apply import apply_patch
 from delta.apply_in_place import update_in_place
 from delta.diff import create_patch
+from forge.errors import GGUFShardError
 from forge.restore import restore_model
 from forge.shard import ShardOptions, shard_model
 from forge.verify import verify_model
@@ -64,6 +65,11 @@ def test_what_would_take_too_much_memory(
     assert new.read_bytes() == target.read_bytes()
     update_in_place(new, tmp_path / "p", reverse=True)
     assert new.read_bytes() == base.read_bytes()
+    data = bytearray(base.read_bytes())
+    data[-1] ^= 1
+    base.write_bytes(data)
+    with pytest.raises(GGUFShardError, match="not the patch's base"):
+        apply_patch(base, tmp_path / "p", tmp_path / "other.gguf")
 
 
 def test_reverse(pair: Sequence[Path], tmp_path: Path) -> None:
