@@ -10,13 +10,14 @@ has the target's SHA-256. Rows go to `experiments/results/<machine>/delta-*.json
 `python -m experiments.report --table delta` reads them.
 
 Ours is held against what the machine can do at most, measured beside every pair. Both files have
-to be hashed, one on each core, and a SHA-256 cannot be split; both are read and one is written:
+to be hashed, one on each core, and a SHA-256 cannot be split; both are read and one is written, a
+target not before the base is known to be the right one:
 
     create >= max(longer file / SHA-256, (base + target) / reading, patch / disk)
-    apply  >= max(longer file / SHA-256, (base + patch) / reading, target / disk)
+    apply  >= max(longer file / SHA-256, base / SHA-256 + target / disk, (base + patch) / reading)
 
 with SHA-256 the bytes a second of one thread while another hashes too, reading those of two threads
-from the page cache, and disk those of one thread that forces them to disk. All of it may overlap.
+from the page cache, and disk those of one thread that forces them to disk. All else may overlap.
 The limit of a patch's size is its entropy where that is known. `--large` makes a pair of that size
 and gives speed and peak memory of the command alone.
 """
@@ -99,19 +100,20 @@ class Capacities:
         hashing, writing = self._hashing(), self._writing()
         longer = max(base, target) if (os.cpu_count() or 1) > 1 else base + target
 
-        def slowest(read: float, written: float) -> tuple[float, str]:
-            costs = {
+        costs = {
+            "create": {
                 "SHA-256": longer / hashing,
-                "reading": read / self._reading,
-                "disk": written / writing,
-            }
-            name = max(costs, key=lambda key: costs[key])
-            return costs[name], name
-
-        return {
-            "create": slowest(base + target, patch_bytes),
-            "apply": slowest(base + patch_bytes, target),
+                "reading": (base + target) / self._reading,
+                "disk": patch_bytes / writing,
+            },
+            "apply": {
+                "SHA-256": longer / hashing,
+                "SHA-256, then disk": base / hashing + target / writing,
+                "reading": (base + patch_bytes) / self._reading,
+            },
         }
+        slowest = {action: max(of, key=lambda what: of[what]) for action, of in costs.items()}
+        return {action: (costs[action][what], what) for action, what in slowest.items()}
 
 
 def _hash_bandwidth_each() -> float:

@@ -163,7 +163,7 @@ def test_tools_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("cores", "hash_bytes", "create", "apply"),
     [
         # 3,000 and 1,000 bytes, read at 100 bytes a second, written at 50; a patch of 500.
-        (2, 10.0, (300.0, "SHA-256"), (300.0, "SHA-256")),
+        (2, 10.0, (300.0, "SHA-256"), (320.0, "SHA-256, then disk")),
         (1, 10.0, (400.0, "SHA-256"), (400.0, "SHA-256")),
         (2, 1e6, (40.0, "reading"), (35.0, "reading")),
     ],
@@ -184,7 +184,7 @@ def test_limits(
     monkeypatch.setattr(exp_delta, "write_bandwidth", lambda folder: 1.0)
     if cores == 2:
         least = Capacities(tmp_path).seconds(Pair("p", base, target), 500)
-        assert least["apply"] == (1000.0, "disk")
+        assert least["apply"] == (3000 / hash_bytes + 1000, "SHA-256, then disk")
         assert least["create"] == (500.0, "disk")
 
 
