@@ -14,84 +14,84 @@ from __future__ import annotations
 import numpy as np
 
 from delta.byte_planes import ElementKind
+from forge.buffers import scratch
 from forge.jit import cached_njit
 
 _QUARTERS = 4
 
 
 @cached_njit()
-def _count_loop(base: np.ndarray, shift: np.uint64, mask: np.uint64, counts: np.ndarray) -> None:
+def _exponents_loop(words: np.ndarray, shift: int, mask: int, out: np.ndarray) -> None:
+    word = words.dtype.type
+    for i in range(words.size):
+        out[i] = np.uint16((words[i] >> word(shift)) & word(mask))
+
+
+@cached_njit()
+def _count_loop(exponents: np.ndarray, counts: np.ndarray) -> None:
     """How often each exponent occurs in each quarter, uint32 [4, n_exponents]; the elements that
     are left over count to the last."""
-    one, quarter = np.uint32(1), np.uint64(base.size // _QUARTERS)
+    one, quarter = np.uint32(1), np.uint64(exponents.size // _QUARTERS)
     second, third = quarter + quarter, quarter + quarter + quarter
     for i in range(quarter):
         at = np.uint64(i)
-        counts[0, (base[at] >> shift) & mask] += one
-        counts[1, (base[at + quarter] >> shift) & mask] += one
-        counts[2, (base[at + second] >> shift) & mask] += one
-        counts[3, (base[at + third] >> shift) & mask] += one
-    for i in range(third + quarter, np.uint64(base.size)):
-        counts[3, (base[np.uint64(i)] >> shift) & mask] += one
+        counts[0, exponents[at]] += one
+        counts[1, exponents[at + quarter]] += one
+        counts[2, exponents[at + second]] += one
+        counts[3, exponents[at + third]] += one
+    for i in range(third + quarter, exponents.size):
+        counts[3, exponents[i]] += one
 
 
 @cached_njit()
-def _next_place(word: int, shift: np.uint64, mask: np.uint64, free: np.ndarray,
-                quarter: int) -> np.uint64:  # fmt: skip
-    exponent = (word >> shift) & mask
-    place = free[quarter, exponent]
-    free[quarter, exponent] = place + np.uint32(1)
-    return np.uint64(place)
-
-
-@cached_njit()
-def _move_loop(words: np.ndarray, base: np.ndarray, shift: np.uint64, mask: np.uint64,
-               free: np.ndarray, out: np.ndarray) -> None:  # fmt: skip
-    """Move elements to their places; `free` [4, n_exponents] are the first of each, and then the
-    next."""
-    quarter = np.uint64(base.size // _QUARTERS)
-    left_over = quarter + quarter + quarter + quarter
+def _place_loop(exponents: np.ndarray, free: np.ndarray, places: np.ndarray) -> None:
+    """Where each element goes; `free` [4, n_exponents] are the first places, and then the next."""
+    one, quarter = np.uint32(1), np.uint64(exponents.size // _QUARTERS)
+    second, third = quarter + quarter, quarter + quarter + quarter
     for i in range(quarter):
         at = np.uint64(i)
-        out[_next_place(base[at], shift, mask, free, 0)] = words[at]
-        at += quarter
-        out[_next_place(base[at], shift, mask, free, 1)] = words[at]
-        at += quarter
-        out[_next_place(base[at], shift, mask, free, 2)] = words[at]
-        at += quarter
-        out[_next_place(base[at], shift, mask, free, 3)] = words[at]
-    for i in range(left_over, np.uint64(base.size)):
-        at = np.uint64(i)
-        out[_next_place(base[at], shift, mask, free, 3)] = words[at]
+        place = free[0, exponents[at]]
+        free[0, exponents[at]] = place + one
+        places[at] = place
+        place = free[1, exponents[at + quarter]]
+        free[1, exponents[at + quarter]] = place + one
+        places[at + quarter] = place
+        place = free[2, exponents[at + second]]
+        free[2, exponents[at + second]] = place + one
+        places[at + second] = place
+        place = free[3, exponents[at + third]]
+        free[3, exponents[at + third]] = place + one
+        places[at + third] = place
+    for i in range(third + quarter, exponents.size):
+        places[i] = free[3, exponents[i]]
+        free[3, exponents[i]] += one
 
 
 @cached_njit()
-def _move_back_loop(words: np.ndarray, base: np.ndarray, shift: np.uint64, mask: np.uint64,
-                    free: np.ndarray, out: np.ndarray) -> None:  # fmt: skip
-    """What `_move_loop` has moved, back."""
-    quarter = np.uint64(base.size // _QUARTERS)
-    left_over = quarter + quarter + quarter + quarter
-    for i in range(quarter):
-        at = np.uint64(i)
-        out[at] = words[_next_place(base[at], shift, mask, free, 0)]
-        at += quarter
-        out[at] = words[_next_place(base[at], shift, mask, free, 1)]
-        at += quarter
-        out[at] = words[_next_place(base[at], shift, mask, free, 2)]
-        at += quarter
-        out[at] = words[_next_place(base[at], shift, mask, free, 3)]
-    for i in range(left_over, np.uint64(base.size)):
-        at = np.uint64(i)
-        out[at] = words[_next_place(base[at], shift, mask, free, 3)]
+def _move_loop(words: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+    for i in range(places.size):
+        out[np.uint64(places[i])] = words[i]
 
 
-def _first_places(words: np.ndarray, shift: np.uint64, mask: np.uint64) -> np.ndarray:
-    """Where the first element of each exponent goes of each quarter, uint32 [4, n_exponents]."""
-    counts = np.zeros((_QUARTERS, int(mask) + 1), np.uint32)
-    _count_loop(words, shift, mask, counts)
+@cached_njit()
+def _move_back_loop(words: np.ndarray, places: np.ndarray, out: np.ndarray) -> None:
+    for i in range(places.size):
+        out[i] = words[np.uint64(places[i])]
+
+
+def _sorted_places(kind: ElementKind, base: np.ndarray) -> np.ndarray:
+    """Where each element goes, uint32 [n_elements], in this thread's scratch memory."""
+    words = base.view(f"u{kind.block_bytes}")
+    n_exponents = 1 << kind.exponent_bits
+    exponents = scratch("exponents", 2 * words.size).view(np.uint16)
+    _exponents_loop(words, kind.exponent_shift, n_exponents - 1, exponents)
+    counts = np.zeros((_QUARTERS, n_exponents), np.uint32)
+    _count_loop(exponents, counts)
     # First all of the smallest exponent, quarter by quarter; then those of the next.
-    ends = np.cumsum(counts.T, dtype=np.uint32).reshape(-1, _QUARTERS).T
-    return np.ascontiguousarray(ends - counts)
+    ends = np.cumsum(counts.T, dtype=np.uint32).reshape(n_exponents, _QUARTERS).T
+    places = scratch("places", 4 * words.size).view(np.uint32)
+    _place_loop(exponents, np.ascontiguousarray(ends - counts), places)
+    return places
 
 
 def sort_by_exponent(
@@ -113,8 +113,6 @@ def sort_by_exponent(
     numpy.ndarray
         uint8 [n_bytes]; `out`.
     """
-    keys = base.view(f"u{kind.block_bytes}")
-    shift, mask = np.uint64(kind.exponent_shift), np.uint64((1 << kind.exponent_bits) - 1)
     loop = _move_back_loop if undo else _move_loop
-    loop(kind.words(content), keys, shift, mask, _first_places(keys, shift, mask), kind.words(out))
+    loop(kind.words(content), _sorted_places(kind, base), kind.words(out))
     return out
