@@ -31,7 +31,7 @@ from forge.errors import GGUFShardError
 from forge.info import printable
 from forge.pipeline import in_order
 
-_MOST_STORED_BYTES = 128 << 20
+_MOST_STORED_BYTES = 72 << 20
 _STRETCH_BYTES = 4 << 20
 _DECODERS, _WRITERS = 2, 2
 _IN_FLIGHT = 4
