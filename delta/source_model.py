@@ -198,7 +198,7 @@ def open_source(path: str | os.PathLike[str]) -> SourceModel:
 
 
 def _hash_file(file: SourceFile, n_bytes: int, advance: Callable[[int], None]) -> str:
-    """SHA-256 of a file, hexadecimal; the next piece is read while one is hashed."""
+    """SHA-256 of a file, hexadecimal, on one thread: others have work of their own meanwhile."""
     digest = hashlib.sha256()
     buffer = ReadBuffer(_HASH_CHUNK)
     for offset in range(0, n_bytes, _HASH_CHUNK):
