@@ -1,7 +1,7 @@
 """`apply_patch`: the target of a patch, as new files.
 
 The patch is checked, then the base, and only then is anything written: beside its place, and
-renamed when its SHA-256 is the one that the patch names.
+renamed when it is known to have the SHA-256 that the patch names.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def apply_patch(
     progress
         Show progress bars on stderr.
     dry_run
-        Check patch and base, and that they fit, and write nothing.
+        Check patch and base, and that they fit, and write nothing; where the target is made in
+        memory (`delta.rehearsal`), check its SHA-256, too.
 
     Returns
     -------

@@ -1,6 +1,6 @@
 """`update_in_place`: a model becomes the target of a patch where it lies.
 
-All changes go to a journal first (`forge.journal`), and the target is hashed as it will be: the
+All changes go to a journal first (`forge.journal`), and the target is checked as it will be: the
 old files with the journal over them. Only when that is right does the change begin, and it can be
 finished after a kill at any point.
 """

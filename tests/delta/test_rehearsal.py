@@ -16,11 +16,11 @@ from delta.apply import FileSink, apply_patch
 from delta.bound_patch import COPIED, BoundPatch, Piece, RunEdits
 from delta.checked_patch import CheckedPatch
 from delta.diff import create_patch
-from delta.patch_file import PatchReader
+from delta.patch_file import PatchReader, StoredGroup
 from delta.rehearsal import Rehearsal
 from delta.source_model import PlainModel, SourceModel, open_source
 from delta.target_pages import TargetPages
-from experiments.validation.gguf_factory import Tensor, gguf
+from experiments.validation.gguf_factory import Tensor, gguf, split_model, tensor
 from forge.errors import GGUFShardError
 from forge.pending_file import PendingFile
 from forge.shard import shard_model
@@ -104,6 +104,36 @@ def test_a_patch_that_does_not_make_its_target(
         apply_patch(base, patch, new)
 
 
+@pytest.mark.parametrize("most_stored_bytes", [1 << 30, -1])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_every_file_has_a_digest(
+    tmp_path: Path, bad: int, most_stored_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the target is rehearsed or not."""
+    first = []
+    for name, seed in (("base", 0), ("target", 10)):
+        (tmp_path / name).mkdir()
+        parts = [[tensor(f"{i}.weight", GGMLQuantizationType.F16, (64, 90), seed + i)]
+                 for i in range(2)]  # fmt: skip
+        first.append(split_model(tmp_path / name, parts))
+    create_patch(*first, tmp_path / "p")
+    decode = BoundPatch.decode
+
+    def almost(self: BoundPatch, stored: StoredGroup) -> list[Piece]:
+        pieces = decode(self, stored)
+        for piece in pieces:
+            if piece.run.part == bad:
+                piece.data[7] ^= 1
+        return pieces
+
+    monkeypatch.setattr(BoundPatch, "decode", almost)
+    monkeypatch.setattr(rehearsal, "_MOST_STORED_BYTES", most_stored_bytes)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(GGUFShardError, match=f"model-0000{bad + 1}-of-00002.gguf would have SHA"):
+        apply_patch(first[0], tmp_path / "p", tmp_path / "new" / "model-00001-of-00002.gguf")
+    assert not list((tmp_path / "new").iterdir())
+
+
 @pytest.mark.usefixtures("no_writing")
 def test_a_wrong_base_counts_more_than_what_is_made_of_it(
     pair: Sequence[Path], monkeypatch: pytest.MonkeyPatch
@@ -179,8 +209,8 @@ def test_single_bytes_and_copies_of_such_pages(tmp_path: Path, n_edits: int, rev
     changed = changed[: 20 * page] + changed[7 * page : 8 * page] + changed[21 * page :]
     paths = [tmp_path / name for name in ("base.gguf", "target.gguf", "p", "new.gguf")]
     for path, data in zip(paths, (weights, changed), strict=False):
-        tensor = Tensor("w", int(GGMLQuantizationType.F16), (page // 2, 40), data)
-        path.write_bytes(gguf([tensor]))
+        weight = Tensor("w", int(GGMLQuantizationType.F16), (page // 2, 40), data)
+        path.write_bytes(gguf([weight]))
     base, target, patch, new = paths
     create_patch(base, target, patch, reversible=True)
     if reverse:
