@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 from gguf.quants import dequantize
@@ -13,8 +15,10 @@ from forge.core_file import page_buffer
 from forge.crc32 import CONTENT_BYTES
 from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES, page_fault, unpack_blocks
-from forge.shard_scan import check_pages
+from forge.shard_scan import check_pages, faulty_pages
 from forge.sharded_model import ShardedModel
+
+_ROWS_BYTES = 8 << 20  # of pages that are read at once for rows
 
 
 class FileStore:
@@ -70,8 +74,8 @@ class FileStore:
             raise self.corrupt_page(first + fault[0], pages[fault[0]])
         return pages
 
-    def read_row(self, w: PagedMatrix, number: int) -> np.ndarray:
-        """A row of a matrix, from checked pages, dequantised: float32 [n_cols].
+    def read_rows(self, w: PagedMatrix, numbers: Sequence[int]) -> np.ndarray:
+        """Rows of a matrix, from checked pages, dequantised: float32 [len(numbers), n_cols].
 
         Raises
         ------
@@ -80,22 +84,41 @@ class FileStore:
         GGUFShardError
             If the matrix has no such row, or its type cannot be dequantised.
         """
-        if not 0 <= number < w.n_rows:
-            raise GGUFShardError(f"tensor {w.name!r}: row {number} of {w.n_rows}")
-        layout = w.layout
-        pages = w.pages_of_rows(number, number + 1)
-        skipped = (pages[0] - w.first_page) * layout.per_page
-        n_blocks = min(w.n_rows * w.blocks_per_row - skipped, len(pages) * layout.per_page)
-        blocks = np.empty(n_blocks * layout.bytes, np.uint8)
-        unpack_blocks(self.read_checked(pages[0], len(pages)), layout, blocks)
-        start = (number * w.blocks_per_row - skipped) * layout.bytes
-        row = blocks[start : start + w.blocks_per_row * layout.bytes]
-        try:
-            return dequantize(row, layout.ggml_type).reshape(w.n_cols)
-        except NotImplementedError:
-            raise GGUFShardError(
-                f"tensor {w.name!r}: type {layout.ggml_type.name} cannot be dequantised"
-            ) from None
+        for number in numbers:
+            if not 0 <= number < w.n_rows:
+                raise GGUFShardError(f"tensor {w.name!r}: row {number} of {w.n_rows}")
+        rows = np.empty((len(numbers), w.n_cols), np.float32)
+        n_at_once = max(_ROWS_BYTES // (len(w.pages_of_rows(0, 1)) * PAGE_BYTES), 1)
+        for first in range(0, len(numbers), n_at_once):
+            blocks = self._read_blocks(w, numbers[first : first + n_at_once])
+            try:
+                values = dequantize(blocks, w.ggml_type)
+            except NotImplementedError:
+                raise GGUFShardError(
+                    f"tensor {w.name!r}: type {w.ggml_type.name} cannot be dequantised"
+                ) from None
+            rows[first : first + n_at_once] = values.reshape(len(blocks), w.n_cols)
+        return rows
+
+    def _read_blocks(self, w: PagedMatrix, numbers: Sequence[int]) -> np.ndarray:
+        """The blocks of rows, uint8 [len(numbers), bytes of a row]."""
+        layout, per_row = w.layout, w.blocks_per_row
+        runs = [w.pages_of_rows(number, number + 1) for number in numbers]
+        *places, n_pages = accumulate(map(len, runs), initial=0)  # each row's first in `pages`
+        pages = np.empty((n_pages, PAGE_BYTES), np.uint8)
+        for run, place in zip(runs, places, strict=True):
+            self.model.core.read_pages(run.start, pages[place : place + len(run)])
+        page_crc32 = self.model.page_crc32
+        expected = np.concatenate([page_crc32[run.start : run.stop] for run in runs])
+        for i in faulty_pages(pages, expected):
+            pages[i] = self.read_checked([page for run in runs for page in run][i], 1)[0]
+        blocks = np.empty(len(pages) * layout.per_page * layout.bytes, np.uint8)
+        unpack_blocks(pages, layout, blocks)
+        rows = np.empty((len(numbers), per_row * layout.bytes), np.uint8)
+        for row, number, place in zip(rows, numbers, places, strict=True):
+            block = place * layout.per_page + number * per_row % layout.per_page
+            row[:] = blocks[block * layout.bytes : (block + per_row) * layout.bytes]
+        return rows
 
     def corrupt_page(self, page: int, found: np.ndarray) -> CorruptPageError:
         """The error about a page that was read as `found`, uint8 [4096], and does not hold."""
