@@ -19,8 +19,9 @@ from atlas.frame_pool import FramePool
 from atlas.host_store import FileStore
 from atlas.ops.gather import check_frames
 from atlas.ops.lru import RANK_COLD, RANK_PINNED
+from atlas.pinned import MappedArray
 from atlas.shard_cache import ShardCache
-from atlas.target import CpuTarget, MappedArray
+from atlas.target import CpuTarget
 from forge.pages import PAGE_BYTES
 from forge.sharded_model import ShardedModel
 from forge.sizes import Size, format_bytes

@@ -8,7 +8,6 @@ A target allocates, copies and counts. Every array that stands for device memory
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import warnings
@@ -21,6 +20,7 @@ import numpy as np
 from numba import config, cuda, get_num_threads, set_num_threads
 from numba.cuda.cudadrv.driver import CudaAPIError
 
+from atlas.pinned import MappedArray
 from forge.errors import GGUFShardError
 
 #: Device memory for the arguments of kernels. A pass should find its own where the last one put
@@ -301,63 +301,6 @@ class CudaTarget(Target):
             raise GGUFShardError(f"an array {shape} of {dtype} on the device: {error}") from None
         # Views outlive the array they were made of, and have pointers of their own to one owner.
         return array, array if config.ENABLE_CUDASIM else array.gpu_data.owner
-
-
-class MappedArray:
-    """Host memory that is pinned and mapped for the device; freed with the object.
-
-    Attributes
-    ----------
-    host
-        The array as the host sees it.
-    address
-        Where kernels find it.
-
-    Raises
-    ------
-    GGUFShardError
-        If so much memory cannot be pinned.
-    """
-
-    def __init__(self, n: int, dtype: np.dtype[Any]) -> None:
-        self.shape = (n,)
-        if config.ENABLE_CUDASIM:
-            self.host = np.empty(n, dtype)
-            self.address = int(self.host.ctypes.data)
-            return
-        n_bytes = max(n, 1) * dtype.itemsize
-        pointer, self.address = pinned_memory(n_bytes)
-        memory = (ctypes.c_uint8 * n_bytes).from_address(pointer)
-        self.host = np.frombuffer(memory, dtype, n)
-        weakref.finalize(self, _free_pinned, pointer)
-
-
-def pinned_memory(n_bytes: int) -> tuple[int, int]:
-    """Pinned host memory, mapped for every device: its address here and on the device.
-
-    Raises
-    ------
-    GGUFShardError
-        If so much memory cannot be pinned.
-    """
-    from cuda.bindings import driver
-
-    cuda.current_context()
-    flags = driver.CU_MEMHOSTALLOC_PORTABLE | driver.CU_MEMHOSTALLOC_DEVICEMAP
-    status, pointer = driver.cuMemHostAlloc(n_bytes, flags)
-    if int(status) != 0:
-        raise GGUFShardError(f"{n_bytes} bytes of host memory cannot be pinned: {status.name}")
-    status, device_pointer = driver.cuMemHostGetDevicePointer(pointer, 0)
-    if int(status) != 0:
-        _free_pinned(int(pointer))
-        raise GGUFShardError(f"pinned host memory is not seen by the device: {status.name}")
-    return int(pointer), int(device_pointer)
-
-
-def _free_pinned(pointer: int) -> None:
-    from cuda.bindings import driver
-
-    driver.cuMemFreeHost(pointer)
 
 
 def _capability() -> tuple[int, int]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from atlas.errors import BudgetError
 from atlas.eviction import spread
-from atlas.target import MappedArray
+from atlas.pinned import MappedArray
 from experiments.make_model import Preset
 from experiments.synthetic_model import SyntheticModel, find_preset
 

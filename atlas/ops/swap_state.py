@@ -25,7 +25,8 @@ import numpy as np
 
 from atlas.ops.checks import check_array
 from atlas.ops.lru import RANK_COLD, RANK_NORMAL, RANK_PINNED
-from atlas.target import CudaTarget, MappedArray
+from atlas.pinned import MappedArray
+from atlas.target import CudaTarget
 
 MAX_INCOMING = 64  # shards of a record
 N_RECORDS = 8  # selects run ahead of gathers by less than this
