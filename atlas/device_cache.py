@@ -338,6 +338,7 @@ class DeviceCache:
         """Bring in what stays on the device and is not there."""
         table = self.target.fetch(self.pages.table)
         self._load(np.flatnonzero(self._staying & (table < 0)).tolist(), label)
+        self.queue.is_settled = self._staying & self._is_pinned
         self.is_complete = self._holds_all
 
     def _load(self, shards: Sequence[int], label: str = "") -> None:

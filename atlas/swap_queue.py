@@ -1,22 +1,25 @@
 """Swaps of a GPU's cache, queued: the host says what is wanted, kernels do it in stream order.
 
     planning stream    select: which of the wanted shards are missing, and what makes room
+    copying stream     copies of large shards, by the copy engine (`atlas.copy_queue`)
     moving stream      gather: copy, check, publish; behind the compute that used what makes room
     compute stream     behind the gather that brought the last shard it needs
 
-Shards that lie in host memory for good need no more of the host. For others (`atlas.host_tier`) it
-waits for the list of what is missing, reads that from the file, and then queues the gather.
+Small shards that lie in host memory for good need no more of the host. For others it waits for the
+record of the select: it reads what is missing from the file (`atlas.host_tier`), and queues copies.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 from numba import config
 
+from atlas.copy_queue import CopyQueue
 from atlas.host_store import FileStore
 from atlas.host_tier import HostTier
 from atlas.ops.gather import gather
@@ -28,13 +31,15 @@ from atlas.ops.swap_state import (
     FAULT_NUMBER,
     FAULT_PAGE,
     FAULT_SCRUB,
+    GATHERED,
+    LOG_BYTES,
     MAX_INCOMING,
-    N_COUNTS,
     N_FAULT,
-    N_IN,
     N_RECORDS,
     TICK,
+    Record,
     new_swap_state,
+    read_record,
     replan,
 )
 from atlas.target import CudaTarget
@@ -45,6 +50,10 @@ from forge.pages import PAGE_BYTES
 #: a bus of 64 GB/s with 2 us of latency holds, and leave the other processors of a card to compute.
 GATHER_BLOCKS = 1 if config.ENABLE_CUDASIM else 8
 _N_EVENTS = 64  # gathers to put compute behind; behind a later one than needed if it is longer ago
+_N_SPARE = 4  # events beyond: those of loans that are out, and the one being recorded
+#: Shards from this size on are copied by the engine: queueing the copy of a smaller one takes the
+#: host as long as the engine takes for it.
+MIN_COPIED_BYTES = 512 << 10
 _N_LISTS = 1 << 16
 _LIST_NUMBERS = 1 << 12  # of lists that do not count upwards, together
 LIST_BYTES = 4 * _LIST_NUMBERS
@@ -74,6 +83,9 @@ class SwapQueue:
         What the kernels work on (`atlas.ops.swap_state`).
     tick
         Selects queued so far.
+    is_settled
+        bool [n_shards]: those that are on the device, and that no select gives up. Where they lie
+        in host memory is of no interest.
     """
 
     def __init__(
@@ -92,6 +104,7 @@ class SwapQueue:
         self.host = host
         self.newest_first = newest_first
         self.tick = 0
+        self.is_settled = np.zeros(n_shards, np.bool_)
         self._page_crc32 = target.put(store.model.page_crc32)
         self._numbers = target.put(np.arange(n_shards, dtype=np.int32))
         self._fault = target.mapped(N_FAULT, np.uint32)
@@ -101,12 +114,31 @@ class SwapQueue:
         self.state = new_swap_state(target, n_frames, ranks, self._host_address, self._fault)
         self._cursor = target.full(N_CURSOR, 0, np.int64)
         self._planning, self._moving = target.new_stream(), target.new_stream()
+        self._log = target.mapped(LOG_BYTES // 4, np.int32)
+        self._copies: CopyQueue | None = None
+        self.copy_shards(store.shard_bytes >= MIN_COPIED_BYTES)
+        # To make an event takes longer than all else that is done with it.
+        self._planned, self._used, self._copied = (target.event() for _ in range(3))
+        self._events = cycle([target.event() for _ in range(_N_EVENTS + _N_SPARE)])
         self._gathered: deque[tuple[int, Any]] = deque(maxlen=_N_EVENTS)  # the latest gathers
         self._waited = -1  # compute is behind the gather of this tick
         self._loans: deque[tuple[Any, list[int]]] = deque()
         self._lists: dict[tuple[int, ...], Any] = {}
         self._listed = target.empty(_LIST_NUMBERS, np.int32)
         self._n_listed = 0
+
+    def copy_shards(self, are_copied: bool) -> None:
+        """Choose how shards come: copied by the engine, or read by the kernel that checks them.
+        Nothing may be under way."""
+        self._copies = None
+        if are_copied:
+            self._copies = CopyQueue(self.target, self.pages, self.store.shard_bytes)
+            self._copies.reset(self.target.fetch(self.pages.table))
+
+    @property
+    def are_copied(self) -> bool:
+        """Whether shards are copied."""
+        return self._copies is not None
 
     def publish_addresses(self) -> None:
         """Tell the kernels which shards lie in host memory for good."""
@@ -122,8 +154,9 @@ class SwapQueue:
         return bool(self._fault.host[FAULT_KIND])
 
     def compute_so_far(self) -> Any:
-        """An event: all compute that has been launched until now."""
-        return self._event(self.target.stream)
+        """An event, valid until the next call: all compute that has been launched until now."""
+        self._used.record(self.target.stream)
+        return self._used
 
     def queue(self, shards: Sequence[int], kind: int, lag: int, n_kept_free: int, used: Any) -> int:
         """Queue one select and its gather.
@@ -154,14 +187,16 @@ class SwapQueue:
             self.target, self.state, self._list(shards), lag, n_kept_free, self.newest_first, kind,
             self._planning,
         )  # fmt: skip
-        lent = self._lend_missing(shards, tick)
-        self._event(self._planning).wait(self._moving)
+        lent = self._help(shards, tick)
+        self._planned.record(self._planning)
+        self._planned.wait(self._moving)
         used.wait(self._moving)
         gather(
             self.target, self.state, self.pages, self._page_crc32, self.store.n_pages,
-            GATHER_BLOCKS, self._moving,
+            GATHER_BLOCKS, self._moving, are_there=self._copies is not None,
         )  # fmt: skip
-        gathered = self._event(self._moving)
+        gathered = next(self._events)
+        gathered.record(self._moving)
         self._gathered.append((tick, gathered))
         if lent:
             self._loans.append((gathered, lent))
@@ -169,13 +204,16 @@ class SwapQueue:
 
     def put_compute_behind(self, tick: int) -> None:
         """Let what is launched from now on wait for the gather of a tick."""
-        if tick <= self._waited:
-            return
+        if tick > self._waited:
+            self._waited = self._put_behind(self.target.stream, tick)
+
+    def _put_behind(self, stream: Any, tick: int) -> int:
+        """Let a stream wait for the gather of a tick, or a later one, and say which."""
         for gathered_tick, event in self._gathered:
             if gathered_tick >= tick:
-                event.wait(self.target.stream)
-                self._waited = gathered_tick
-                return
+                event.wait(stream)
+                return gathered_tick
+        return tick
 
     def scrub(self, n_pages: int) -> None:
         """Queue a check of the next `n_pages` pages of the pool, between gathers."""
@@ -200,39 +238,59 @@ class SwapQueue:
 
     def recover(self) -> None:
         """Plan anew from what is published; nothing may be under way."""
+        table = self._published()
         replan(self.target, self.state, self.pages.table)
         self.tick = int(self.target.fetch(self.state.state)[TICK])
         self._waited = self.tick - 1
+        self.is_settled &= table >= 0
         self._gathered.clear()
         while self._loans:
             self.host.take_back(self._loans.popleft()[1])
 
-    def _lend_missing(self, shards: Sequence[int], tick: int) -> list[int]:
-        """Bring what the device lacks into host memory, unless it is there for good."""
-        if self.host.addresses[list(shards)].all():
+    def _published(self) -> np.ndarray:
+        """The table, with nothing under way and without shards that copies have fallen upon."""
+        table = self.target.fetch(self.pages.table)
+        if self._copies is not None:
+            gathered = int(self.target.fetch(self.state.state)[GATHERED])
+            table[self._copies.overwritten(table, gathered)] = -1
+            self.target.write(self.pages.table, table)
+            self._copies.reset(table)
+        return table
+
+    def _help(self, shards: Sequence[int], tick: int) -> list[int]:
+        """Do the host's part of a swap, if it has one, before its gather; returns the shards that
+        are lent for it."""
+        wanted = list(shards)
+        is_at_hand = self.is_settled[wanted] | (self.host.addresses[wanted] != 0)
+        if self._copies is None and is_at_hand.all():
             return []
         while len(self._loans) > 1:
             event, lent = self._loans.popleft()
             event.synchronize()
             self.host.take_back(lent)
-        record = tick % N_RECORDS
-        counts = self._fetch(self.state.counts[record * N_COUNTS : (record + 1) * N_COUNTS])
-        first = record * MAX_INCOMING
-        incoming = self._fetch(self.state.incoming[first : first + int(counts[N_IN])]).tolist()
-        lent = [s for s in incoming if not self.host.addresses[s]]
+        record = self._await_record(tick)
+        if record is None:
+            return []
+        sources = self.host.addresses[record.incoming]
+        lent = [s for s in record.incoming if not self.host.addresses[s]]
         if lent:
-            sources = self.host.addresses[incoming]
             sources[sources == 0] = self.host.lend(lent)
-            place = self.state.sources[first : first + len(incoming)]
+            first = tick % N_RECORDS * MAX_INCOMING
+            place = self.state.sources[first : first + len(sources)]
             place.copy_to_device(sources, stream=self._planning)
             self._planning.synchronize()
+        if self._copies is not None:
+            self._copies.copy(record, sources.tolist(), self._put_behind)
+            self._copied.record(self._copies.stream)
+            self._copied.wait(self._moving)
         return lent
 
-    def _fetch(self, array: Any) -> np.ndarray:
-        """A host copy of what a select has written."""
-        host = array.copy_to_host(stream=self._planning)
+    def _await_record(self, tick: int) -> Record | None:
+        """What the select of a tick, the latest, has decided; None if it does nothing."""
+        log = self.target.address(self.state.state)
+        self.target.copy(self._log.address, log, LOG_BYTES, self._planning)
         self._planning.synchronize()
-        return host
+        return read_record(self._log.host, tick)
 
     def _list(self, shards: Sequence[int]) -> Any:
         """A device array of shard numbers; lists recur in every pass, and most count upwards."""
@@ -255,12 +313,6 @@ class SwapQueue:
         self.target.write(place, np.array(shards, np.int32))
         self._n_listed += len(shards)
         return place
-
-    def _event(self, stream: Any) -> Any:
-        """An event at the present end of a stream."""
-        event = self.target.event()
-        event.record(stream)
-        return event
 
     def _take_out(self, page: int) -> np.ndarray:
         """A resident page that does not hold; its shard is taken out of the table, and brought in

@@ -1,8 +1,9 @@
 """GPU cases about whole models: tokens a second, resident and within a budget.
 
     gpu-decode      one token at a time, with everything resident
-    gpu-streamed    the same within a budget; PyTorch's offload loop takes turns with it where the
-                    weights are F16 (`experiments.torch_offload`)
+    gpu-streamed    the same within a budget; taking turns with it, the other way to bring shards,
+                    and where the weights are F16 PyTorch's offload loop
+                    (`experiments.torch_offload`)
     gpu-prefill     a prompt, with everything resident
     gpu-traffic, gpu-reuse, gpu-demand, gpu-launches
                     what a token of a decoding moved, found, waited for, and launched
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from atlas.device_cache import DeviceCache
 from atlas.infer.model import LlamaModel
 from atlas.infer.sampling import Sampler
 from atlas.limits import decode_limit, weight_bytes_per_pass
@@ -269,6 +271,7 @@ def _budget_rows(
         with _peer(session, case, model.atlas.budget_bytes, model.kv_cache.n_context) as peer:
             if peer is not None:
                 variants.append(_peer_variant(session, peer, decoding, n))
+            variants.append(_other_way_variant(decoding, n, expected))
             rows = session.bench.measure(Case("gpu-streamed", "tokens/s", params), variants)
         for counted, variant in _counted(session, decoding, n, params):
             rows += session.bench.measure(counted, [variant])
@@ -284,6 +287,35 @@ def _decode_variant(session: _Session, decoding: Decoding, n: int, expected: lis
         OURS, lambda: decoding.speed(n), is_right, lambda: session.limit(weights, moved),
         "memory, link",
     )  # fmt: skip
+
+
+def _other_way_variant(decoding: Decoding, n: int, expected: list[int]) -> Variant:
+    """The same, but shards come the way they would not: read by the kernel that checks them instead
+    of copied for it, or the other way round."""
+    cache = decoding.model.atlas.shard_cache
+    assert isinstance(cache, DeviceCache)
+    queue, target = cache.queue, decoding.model.target
+    are_copied = queue.are_copied
+
+    @contextmanager
+    def other_way() -> Iterator[None]:
+        target.synchronize()
+        queue.copy_shards(not are_copied)
+        try:
+            yield
+        finally:
+            target.synchronize()
+            queue.copy_shards(are_copied)
+
+    def measured() -> float:
+        with other_way():
+            return decoding.speed(n)
+
+    def is_right() -> bool:
+        with other_way():
+            return decoding.tokens(n) == expected[:n]
+
+    return Variant(f"{OURS}, {'read by a kernel' if are_copied else 'copied'}", measured, is_right)
 
 
 def _weight_bytes(model: LlamaModel) -> int:

@@ -33,9 +33,9 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from numba import types
 from numba.core import config
 
+from atlas.driver_queue import ENTRY_TYPES
 from tests import compile_ceilings
 from tests.cubin import Resources, cubin_resources
 
@@ -126,7 +126,7 @@ def kernels() -> Iterator[Listed]:
 def listed(name: str, kernel: Any) -> Listed:
     """A `Kernel`, under a name: what is compiled takes the address of its arguments, as a launch
     passes it. That is a Python integer, which Numba takes for a signed one."""
-    return Listed(name, kernel.entry, (types.int64,), kernel.min_capability)
+    return Listed(name, kernel.entry, ENTRY_TYPES, kernel.min_capability)
 
 
 def judge(some_kernels: Iterable[Listed], capability: tuple[int, int]) -> list[Verdict]:

@@ -176,3 +176,6 @@ class StreamTarget(CudaTarget):
     def launch(self, entry: Any, blocks: int, threads: int, stream: Any, block: int) -> None:
         self.n_launches += 1
         stream.put(lambda: entry[blocks, threads](block))
+
+    def copy(self, to: int, source: int, n_bytes: int, stream: Any) -> None:
+        stream.put(lambda: CudaTarget.copy(self, to, source, n_bytes, stream))

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from atlas.device_cache import DeviceCache
-from atlas.infer.activations import Activations, reserved_bytes
+from atlas.infer.activations import Activations, reserved_bytes, row_of
 from atlas.infer.config import LlamaConfig
 from atlas.infer.decode_graph import DecodeGraph
 from atlas.infer.kv_cache import KVCache
@@ -233,7 +233,7 @@ class LlamaModel:
                 batch = tokens[begin : begin + self.n_batch]
                 is_last = begin + len(batch) == len(tokens)
                 self._pass(batch, want_logits and is_last)
-        return self._activations.logits.reshape(self.n_vocab) if want_logits else None
+        return self._activations.logits if want_logits else None
 
     def _require_room(self, tokens: Sequence[int]) -> None:
         if not tokens:
@@ -269,7 +269,7 @@ class LlamaModel:
             else:
                 self._feed_forward(number, b)
         if want_logits:
-            last = {name: b[name][n_tokens - 1 :] for name in ("h", "x", "delta")}
+            last = row_of(b, n_tokens - 1)
             self._normalise(last, self.weights.output_norm, self._leaves_delta)
             self.weights.multiply(self._activations.logits, self.weights.output, last["h"])
         advance(self.target, self._device_position, n_tokens)
@@ -289,18 +289,14 @@ class LlamaModel:
 
     def _attend(self, number: int, b: dict[str, Any]) -> None:
         """Ends with what it adds to x in `delta`."""
-        target, config, layer = self.target, self.config, self.weights.layers[number]
-        n_tokens = b["x"].shape[0]
+        target, layer = self.target, self.weights.layers[number]
         self._normalise(b, layer["attn_norm"], self._leaves_delta and number > 0)
         for name, stem in (("q", "attn_q"), ("k", "attn_k"), ("v", "attn_v")):
             self._multiply(b[name], layer, stem, b["h"])
-        q = b["q"].reshape(n_tokens, config.n_head, config.head_dim)
-        k = b["k"].reshape(n_tokens, config.n_head_kv, config.head_dim)
-        v = b["v"].reshape(n_tokens, config.n_head_kv, config.head_dim)
+        q, k, v, mixed = (b[f"{name}_heads"] for name in ("q", "k", "v", "mixed"))
         keys, values = self.kv_cache.keys[number], self.kv_cache.values[number]
         position = self._device_position
         rotate_and_store(target, q, k, v, keys, values, position, self._frequencies, True)
-        mixed = b["mixed"].reshape(q.shape)
         attention(target, mixed, q, keys, values, position, self._activations.scratch)
         self._multiply(b["delta"], layer, "attn_output", b["mixed"])
 
@@ -327,7 +323,7 @@ class LlamaModel:
         chosen, shares = route(target.get(b["router"]), self.config.n_expert_used)
         for expert in np.unique(chosen).tolist():
             for t in np.flatnonzero((chosen == expert).any(axis=1)).tolist():
-                row = {name: b[name][t : t + 1] for name in ("x", "h", "gate", "up", "delta")}
+                row = row_of(b, t)
                 self.weights.multiply(row["gate"], layer["ffn_gate_exps"][expert], row["h"])
                 self.weights.multiply(row["up"], layer["ffn_up_exps"][expert], row["h"])
                 swiglu(target, row["gate"], row["gate"], row["up"])

@@ -15,6 +15,7 @@ from atlas.ops.block_values import MATRIX_VALUES
 from atlas.ops.matmul import matmul
 from atlas.ops.matvec import matvec
 from atlas.ops.paged import PagedMatrix
+from atlas.target import as_vector
 from forge.errors import GGUFShardError
 from forge.sgmap import ShardMap
 
@@ -166,11 +167,13 @@ class Weights:
             If a page of `w` fails its check.
         """
         atlas = self.atlas
+        is_row = x.shape[0] == 1
+        if is_row:
+            y, x = as_vector(y), as_vector(x)
         for band in atlas.bands(w):
             atlas.acquire(band)
-            if x.shape[0] == 1:
-                matvec(atlas.target, y.reshape(w.n_rows), atlas.cache, w, x.reshape(w.n_cols),
-                       band.begin, band.end)  # fmt: skip
+            if is_row:
+                matvec(atlas.target, y, atlas.cache, w, x, band.begin, band.end)
             else:
                 matmul(atlas.target, y, atlas.cache, w, x, band.begin, band.end, self.scratch)
 

@@ -11,11 +11,12 @@ the pool it reads shards into frames, checks them, and `publish` then releases t
 and enters the new shards.
 
 `gather` is the same in one kernel, for a record of `atlas.ops.swap_state`, with no help from the
-host. A warp takes a page: it reads the page from host memory, eight 16-byte loads for each lane,
-stores it to its frame and computes the CRC32 of what it has in registers (`atlas.ops.warp_page`). A
-page that does not hold is read once more, past all caches: the bit may have flipped on the way. If
-it still does not, the first warp to find one writes the fault down. Bad bytes in a frame that
-nobody sees do no harm. The block that finishes last publishes the record if there is no fault.
+host, or for pages that copies have brought before it (`atlas.copy_queue`). A warp takes a page: it
+reads the page from host memory, eight 16-byte loads for each lane, stores it to its frame and
+computes the CRC32 of what it has in registers (`atlas.ops.warp_page`). A page that does not hold is
+read once more, past all caches: the bit may have flipped on the way. If it still does not, the
+first warp to find one writes the fault down. Bad bytes in a frame that nobody sees do no harm. The
+block that finishes last publishes the record if there is no fault.
 """
 
 from __future__ import annotations
@@ -103,10 +104,11 @@ def write_fault(fault, failed, page, bits, crc, kind):
 
 
 @cuda.jit(device=True)
-def bring_page(shared, lane, source, words, start, page, expected, fault, failed):
-    """Bring a page from address `source` to word `start`, and see that it holds; by a warp."""
+def bring_page(shared, lane, first, source, words, start, page, expected, fault, failed):
+    """Bring a page from address `first`, or else from `source`, to word `start`, and see that it
+    holds; by a warp."""
     # Twice in a row, not in a loop: NVVM 13.0 does not come to an end with tuples that change.
-    crc, bits = store_checked(shared, lane, words, start, expected, fetch_page(source, lane))
+    crc, bits = store_checked(shared, lane, words, start, expected, fetch_page(first, lane))
     if cuda.any_sync(FULL_WARP, bits != 0):
         again = fetch_page_anew(source, lane)
         crc, bits = store_checked(shared, lane, words, start, expected, again)
@@ -160,11 +162,11 @@ def publish_record(table, state, incoming, frames, outgoing, first, n_in, n_out,
 
 @kernel(
     _U32, _I32, types.int64, _U32, types.int64, _U32, types.int64[::1], _I32, _I32, _I32, _I32,
-    types.uint64[::1], _U32, _I32, launch_bounds=(512, 2),
+    types.uint64[::1], _U32, _I32, types.uint64, launch_bounds=(512, 2),
 )  # fmt: skip
 def gather_kernel(
     words, table, shard_shift, page_crc32, n_pages, tables, state, counts, incoming, frames,
-    outgoing, sources, fault, failed,
+    outgoing, sources, fault, failed, pool,
 ):  # fmt: skip
     shared = cuda.shared.array(TABLE_WORDS, np.uint32, 16)
     # Another block may find a fault right now: all threads must have one answer.
@@ -187,8 +189,9 @@ def gather_kernel(
         if page < n_pages:
             source = np.uint64(sources[index] + np.uint64(np.uint64(slot) * np.uint64(PAGE_BYTES)))
             start = np.uint64(page_at(frames[index], slot, shard_shift) * PAGE_WORDS)
+            origin = np.uint64(pool + np.uint64(start << np.uint64(2))) if pool != 0 else source
             expected = page_crc32[np.uint32(page)]
-            bring_page(shared, lane, source, words, start, page, expected, fault, failed)
+            bring_page(shared, lane, origin, source, words, start, page, expected, fault, failed)
         i = np.uint32(i + warps_of_grid())
     cuda.syncthreads()
     publishes = np.int32(0)
@@ -298,6 +301,7 @@ def gather(
     n_pages: int,
     blocks: int,
     stream: Any = None,
+    are_there: bool = False,
 ) -> None:
     """Do what the next record of a swap says, or write down which page does not hold.
 
@@ -322,6 +326,9 @@ def gather(
         Blocks of the kernel, `PAGE_THREADS` threads each: so many SMs at most that others lack.
     stream
         Where to queue it; None for `target.stream`.
+    are_there
+        Whether copies have brought the pages into their frames already. One that does not hold is
+        read again from host memory.
 
     Raises
     ------
@@ -337,7 +344,8 @@ def gather(
     gather_kernel.launch(
         target, blocks, PAGE_THREADS, cache.words, cache.table, cache.shard_shift, page_crc32,
         n_pages, device_tables(target), swap.state, swap.counts, swap.incoming, swap.frames,
-        swap.outgoing, swap.sources, swap.fault, swap.failed, stream=stream,
+        swap.outgoing, swap.sources, swap.fault, swap.failed,
+        target.address(cache.words) if are_there else 0, stream=stream,
     )  # fmt: skip
 
 

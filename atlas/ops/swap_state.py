@@ -13,6 +13,9 @@ kernels see (`PageCache.table`) is changed by `gather` alone. When a page does n
 its record is published, the fault is written down, and every later select and gather does nothing
 until the host has looked: then what was planned is made equal to what was published.
 
+What the kernels share with each other lies in one piece, `SwapState.state` first, so that the host
+can have all of it in one copy (`LOG_BYTES`, `read_record`).
+
 Frames to be freed enter the free list at once, behind those that were free, and a gather that
 overwrites one of them runs behind the gather that takes its shard out of the table.
 """
@@ -57,6 +60,45 @@ N_IN = 0  # shards coming in
 N_OUT = 1  # shards given up
 BLOCKS_DONE = 2  # of the gather that is under way
 N_COUNTS = 4
+
+
+_SIZES = (2 * N_STATE, N_RECORDS * N_COUNTS, *3 * (N_RECORDS * MAX_INCOMING,))
+_ENDS = np.cumsum(_SIZES).tolist()  # in int32 words: state, counts, incoming, frames, outgoing
+LOG_BYTES = 4 * _ENDS[-1]
+
+
+class Record(NamedTuple):
+    """What a select has decided.
+
+    Attributes
+    ----------
+    tick
+        Of the select.
+    incoming, frames
+        Shards that come, and where to.
+    outgoing
+        Shards that go.
+    """
+
+    tick: int
+    incoming: list[int]
+    frames: list[int]
+    outgoing: list[int]
+
+
+def read_record(log: np.ndarray, tick: int) -> Record | None:
+    """The record of a select, of which it was the latest when `LOG_BYTES` from `SwapState.state` on
+    were copied to `log`, int32; None if, behind a fault, it has done nothing."""
+    state, counts, incoming, frames, outgoing = np.split(log, _ENDS[:-1])
+    if int(state.view(np.int64)[TICK]) != tick + 1:
+        return None
+    slot = tick % N_RECORDS
+    n_in, n_out = (int(counts[slot * N_COUNTS + word]) for word in (N_IN, N_OUT))
+    first = slot * MAX_INCOMING
+    return Record(
+        tick, incoming[first : first + n_in].tolist(), frames[first : first + n_in].tolist(),
+        outgoing[first : first + n_out].tolist(),
+    )  # fmt: skip
 
 
 class SwapState(NamedTuple):
@@ -151,19 +193,23 @@ def new_swap_state(
         raise ValueError(f"shard_rank: shard {odd[0]} has rank {shard_rank[odd[0]]}")
     state = np.zeros(N_STATE, np.int64)
     state[N_FREE] = n_frames
-    entries = N_RECORDS * MAX_INCOMING
+    log = np.zeros(_ENDS[-1], np.int32)
+    log[: _ENDS[0]] = state.view(np.int32)
+    log[_ENDS[1] :] = -1
+    shared = target.put(log)
+    parts = [shared[end - size : end] for size, end in zip(_SIZES, _ENDS, strict=True)]
     return SwapState(
         planned=target.full(len(shard_rank), -1, np.int32),
         frame_shard=target.full(n_frames, -1, np.int32),
         ticks=target.full(n_frames, 0, np.int64),
         shard_rank=target.put(shard_rank),
         free_frames=target.put(np.arange(n_frames, dtype=np.int32)),
-        state=target.put(state),
-        counts=target.full(N_RECORDS * N_COUNTS, 0, np.int32),
-        incoming=target.full(entries, -1, np.int32),
-        frames=target.full(entries, -1, np.int32),
-        outgoing=target.full(entries, -1, np.int32),
-        sources=target.full(entries, 0, np.uint64),
+        state=parts[0].view(np.int64),
+        counts=parts[1],
+        incoming=parts[2],
+        frames=parts[3],
+        outgoing=parts[4],
+        sources=target.full(N_RECORDS * MAX_INCOMING, 0, np.uint64),
         host_address=host_address,
         fault=fault,
         failed=target.full(1, 0, np.int32),

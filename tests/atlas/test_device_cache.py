@@ -30,6 +30,13 @@ from tests import cache_factory as cache
 pytestmark = pytest.mark.cuda
 
 
+@pytest.fixture(autouse=True, params=["gathered", "copied"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How shards come: read by a kernel, or copied for it."""
+    smallest = 0 if request.param == "copied" else 1 << 30
+    monkeypatch.setattr("atlas.swap_queue.MIN_COPIED_BYTES", smallest)
+
+
 @pytest.fixture
 def map_path(tmp_path: Path) -> Path:
     """A model of its own for every test, which may break it; a page a shard."""

@@ -79,6 +79,7 @@ def opened(
     map_path = cache.shard(tmp_path, cache.dense_model(1), pages_per_shard=1)
     draw, target = random.Random(seed), StreamTarget(seed, patch)
     patch.setattr(swap_queue, "_LIST_NUMBERS", 16)
+    patch.setattr(swap_queue, "MIN_COPIED_BYTES", 0 if seed // 5 else 1 << 30)
     atlas = Atlas.open(
         map_path, f"{draw.uniform(40, 90):.0f}%", target,
         policy=("lru", "mru", "pin")[seed % 3], prefetch_distance=draw.randrange(5),
@@ -101,7 +102,7 @@ def do_something_else(atlas: Atlas, draw: random.Random) -> None:
             assert "at once" in str(error)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(10))
 def test_compute_finds_what_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
@@ -119,7 +120,7 @@ def test_compute_finds_what_it_needs(
         assert (compute.absent, compute.wrong) == ([], [])
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(10))
 def test_no_result_leaves_once_compute_has_missed_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
@@ -137,21 +138,23 @@ def test_no_result_leaves_once_compute_has_missed_a_page(
                 mend.append(flip(draw.choice(pages)))
             try:
                 compute.step(order[i % len(order)])
-                if draw.random() < 0.3:
+                if draw.random() < 0.3 or i == N_STEPS - 1:
                     target.get(result)
-                    assert compute.absent == []  # or the error would have come
+                    assert compute.absent == compute.wrong == []  # or the error would have come
             except CorruptPageError:
                 n_faults += 1
                 for turn_back in mend:
                     turn_back()
                 mend.clear()
+                # Gathers change nothing behind a fault, copies may.
+                assert not compute.wrong or swap_queue.MIN_COPIED_BYTES == 0
                 compute.absent.clear()
+                compute.wrong.clear()
                 cache.assert_at_rest(atlas)
-        assert compute.wrong == []
         assert n_faults > 0
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(10))
 def test_compute_finds_the_version_it_was_queued_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
