@@ -61,7 +61,7 @@ class DriverQueue:
         _require(status, f"launch of {entry.__name__}")
 
     def copy(self, to: int, source: int, n_bytes: int, stream: Any) -> None:
-        """Queue a copy between two addresses, each on the device or in pinned memory.
+        """Queue a copy between two addresses, on the device or the host.
 
         Raises
         ------

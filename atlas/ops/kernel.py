@@ -142,8 +142,7 @@ def _writer(kind: Any) -> Callable[[Target, list[int], Any], None]:
 
 
 def _write_array(target: Target, words: list[int], array: Any) -> None:
-    # An array stays where it is. To ask where takes about five microseconds (beside an H100), and
-    # a select has eighteen arrays: each is asked once.
+    # Once for each array: a select has eighteen.
     known = getattr(array, "_kernel_words", None)
     if known is None:
         known = array._kernel_words = (target.address(array), *array.shape)
