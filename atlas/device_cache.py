@@ -97,7 +97,9 @@ class DeviceCache:
         table = target.full(len(is_cached), -1, np.int32)
         shift = store.shard_pages.bit_length() - 1
         self.pages = PageCache(frames, table, shift, frames.view(np.uint32))
-        self._part = min(max(plan.reserve, 1), MAX_INCOMING)  # shards of one swap
+        # Shards of one swap: half of what is kept free, so that the next ones may come while these
+        # are checked.
+        self._part = max(min(plan.reserve, MAX_INCOMING) // 2, 1)
         self.host = HostTier(store, plan, schedule, is_cached, ranks, self._part, host_memory)
         self.queue = SwapQueue(target, store, self.pages, self.host, ranks, plan.newest_first)
         self._lock = threading.RLock()
