@@ -1,12 +1,13 @@
 """Swaps of a GPU's cache, queued: the host says what is wanted, kernels do it in stream order.
 
     planning stream    select: which of the wanted shards are missing, and what makes room
-    copying stream     copies of large shards, by the copy engine (`atlas.copy_queue`)
+    copying stream     copies by the copy engine, if shards are to come so (`atlas.copy_queue`)
     moving stream      gather: copy, check, publish; behind the compute that used what makes room
     compute stream     behind the gather that brought the last shard it needs
 
-Small shards that lie in host memory for good need no more of the host. For others it waits for the
-record of the select: it reads what is missing from the file (`atlas.host_tier`), and queues copies.
+Shards that lie in host memory for good need no more of the host. For others (`atlas.host_tier`) it
+waits for the record of the select, and reads what is missing from the file. Copies want the record,
+too.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ from forge.pages import PAGE_BYTES
 #: Blocks of a gather. Each has sixteen pages on the way: eight blocks have 512 KiB, four times what
 #: a bus of 64 GB/s with 2 us of latency holds, and leave the other processors of a card to compute.
 GATHER_BLOCKS = 1 if config.ENABLE_CUDASIM else 8
-#: And if copies have brought the pages: the check takes a tenth of the time that the copies do.
+#: And if copies have brought the pages, which device memory gives much faster.
 CHECK_BLOCKS = 1 if config.ENABLE_CUDASIM else 32
 _N_EVENTS = 64  # gathers to put compute behind; behind a later one than needed if it is longer ago
 _N_SPARE = 4  # events beyond: those of loans that are out, and the one being recorded
-#: Shards from this size on are copied by the engine: queueing the copy of a smaller one takes the
-#: host as long as the engine takes for it.
-MIN_COPIED_BYTES = 512 << 10
+#: Whether shards are copied unless `SwapQueue.copy_shards` says so. Beside an H100 that was slower
+#: with one load of frames kept free (36 to 47 GB/s); with two it has not been measured.
+ARE_COPIED = False
 _N_LISTS = 1 << 16
 _LIST_NUMBERS = 1 << 12  # of lists that do not count upwards, together
 LIST_BYTES = 4 * _LIST_NUMBERS
@@ -118,7 +119,7 @@ class SwapQueue:
         self._planning, self._moving = target.new_stream(), target.new_stream()
         self._log = target.mapped(LOG_BYTES // 4, np.int32)
         self._copies: CopyQueue | None = None
-        self.copy_shards(store.shard_bytes >= MIN_COPIED_BYTES)
+        self.copy_shards(ARE_COPIED)
         # To make an event takes longer than all else that is done with it.
         self._planned, self._used, self._copied = (target.event() for _ in range(3))
         self._events = cycle([target.event() for _ in range(_N_EVENTS + _N_SPARE)])

@@ -33,8 +33,7 @@ pytestmark = pytest.mark.cuda
 @pytest.fixture(autouse=True, params=["gathered", "copied"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How shards come: read by a kernel, or copied for it."""
-    smallest = 0 if request.param == "copied" else 1 << 30
-    monkeypatch.setattr("atlas.swap_queue.MIN_COPIED_BYTES", smallest)
+    monkeypatch.setattr("atlas.swap_queue.ARE_COPIED", request.param == "copied")
 
 
 @pytest.fixture
