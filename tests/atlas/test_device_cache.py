@@ -30,10 +30,14 @@ from tests import cache_factory as cache
 pytestmark = pytest.mark.cuda
 
 
-@pytest.fixture(autouse=True, params=["gathered", "copied"])
+@pytest.fixture(autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How shards come: read by a kernel, or copied for it."""
-    monkeypatch.setattr("atlas.swap_queue.ARE_COPIED", request.param == "copied")
+    """How shards come: read by the kernel that checks them, or copied for it."""
+    is_copied = getattr(request, "param", "read") == "copied"
+    monkeypatch.setattr("atlas.swap_queue.ARE_COPIED", is_copied)
+
+
+both_ways = pytest.mark.parametrize("way", ["read", "copied"], indirect=True)
 
 
 @pytest.fixture
@@ -86,6 +90,7 @@ def take_stale(atlas: Atlas, page: int, other: int) -> None:
 DAMAGE = {flip_bit: TAG_FAULT | TABLE_FAULT, take_another: TABLE_FAULT, take_stale: TABLE_FAULT}
 
 
+@both_ways
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 def test_a_damaged_page_is_found_by_the_swap_and_nothing_is_published(
     atlas: Atlas, damage: Callable[[Atlas, int, int], None]
@@ -122,6 +127,7 @@ def test_a_damaged_page_is_found_by_the_swap_and_nothing_is_published(
     assert {shards[5], shards[6]} <= set(cache.resident(atlas))
 
 
+@both_ways
 def test_a_damaged_page_stops_the_value_that_needs_it(atlas: Atlas) -> None:
     target, shards = atlas.target, atlas.shards.schedule
     result = target.full(1, 7.0, np.float32)
@@ -197,6 +203,7 @@ def test_rooms_and_bands(atlas: Atlas) -> None:
         atlas.atomic_swap([1 << 40])
 
 
+@both_ways
 def test_parts_that_came_first_go_again(atlas: Atlas) -> None:
     shards = atlas.shards.schedule
     atlas.atomic_swap(shards[:5])
@@ -290,6 +297,7 @@ def test_a_fault_of_the_file_behind_a_small_host_memory(map_path: Path) -> None:
         cache.assert_at_rest(atlas)
 
 
+@both_ways
 @pytest.mark.parametrize("policy", ["lru", "mru", "pin"])
 def test_any_order_of_bands_and_swaps(map_path: Path, policy: str) -> None:
     with Atlas.open(map_path, "60%", CudaTarget(), policy=policy, prefetch_distance=3) as atlas:
@@ -320,6 +328,7 @@ def test_the_budget_is_kept(map_path: Path) -> None:
             assert target.peak_bytes <= atlas.budget_bytes == budget
 
 
+@both_ways
 def test_scrubbing_finds_resident_pages_that_have_changed(atlas: Atlas) -> None:
     target, shards = atlas.target, atlas.shards.schedule
     atlas.atomic_swap(shards[:5])
