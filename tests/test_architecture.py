@@ -24,12 +24,13 @@ _MAY_IMPORT = {
 
 #: Modules of atlas from the bottom to the top: each imports from its own layer and those below.
 _LAYERS = (
+    ("atlas.driver_queue", "atlas.pinned"),
     ("atlas.target", "atlas.errors", "atlas.stats", "atlas.ops.paged", "atlas.ops.checks"),
     ("atlas.ops",),
     (
         "atlas.eviction", "atlas.host_store", "atlas.model_shards", "atlas.prefetch",
         "atlas.frame_pool", "atlas.swap", "atlas.cuda_graph", "atlas.device_check",
-        "atlas.live_update",
+        "atlas.live_update", "atlas.copy_queue",
     ),
     ("atlas.shard_cache",),
     ("atlas.host_tier",),
@@ -124,11 +125,13 @@ def test_only_atlas_imports_cuda(path: Path) -> None:
     assert not imports_cuda(path)
 
 
-def test_in_atlas_only_target_graphs_and_operations_import_cuda() -> None:
+def test_in_atlas_only_what_is_below_targets_graphs_and_operations_import_cuda() -> None:
     found = {module_name(path) for path in sources("atlas") if imports_cuda(path)}
     assert {name for name in found if not is_within(name, "atlas.ops")} == {
-        "atlas.target",
         "atlas.cuda_graph",
+        "atlas.driver_queue",
+        "atlas.pinned",
+        "atlas.target",
     }
 
 
