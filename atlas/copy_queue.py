@@ -1,6 +1,6 @@
 """Shards that come by the copy engine.
 
-A kernel that reads host memory gets less than the link carries: 47 of 55 GB/s beside an H100, with
+A kernel that reads host memory gets less than the link carries: 46 of 55 GB/s beside an H100, with
 or without a check. The engine gets all of it. But an engine cannot plan: the host has to know what
 a select has decided, and there is no taking a copy back. So
 
@@ -64,8 +64,9 @@ class CopyQueue:
         put_behind
             `put_behind(stream, tick)` lets a stream wait for the gather of a tick.
         """
-        if record.frames:
-            put_behind(self.stream, int(self._freed_by[record.frames].max()))
+        freed_by = int(self._freed_by[record.frames].max(initial=-1))
+        if freed_by >= 0:
+            put_behind(self.stream, freed_by)
         for frame, source in zip(record.frames, sources, strict=True):
             to = self._address + frame * self._frame_bytes
             self._target.copy(to, source, self._frame_bytes, self.stream)

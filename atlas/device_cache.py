@@ -2,9 +2,9 @@
 
 A step of compute uses a band of shards. What it wants are those and the next ones of the schedule,
 so that gathers run ahead of compute; the host queues swaps for the ones that are new in this window
-(`atlas.swap_queue`) and waits for nothing. Whatever was wanted since the oldest shard of the window
-is not given up: a `lag` says how many selects back that is, so the arguments of a step are the same
-in every pass.
+(`atlas.swap_queue`) and does not wait for compute. Whatever was wanted since the oldest shard of
+the window is not given up: a `lag` says how many selects back that is, so the arguments of a step
+are the same in every pass.
 
 If a page does not hold, nothing of its swap is published and everything behind it does nothing; the
 compute that was queued runs on whatever is there. That is looked at before any result leaves the
@@ -97,10 +97,8 @@ class DeviceCache:
         table = target.full(len(is_cached), -1, np.int32)
         shift = store.shard_pages.bit_length() - 1
         self.pages = PageCache(frames, table, shift, frames.view(np.uint32))
-        # Shards of one swap: half of what is kept free, so that the next ones may come while these
-        # are checked.
-        self._part = max(min(plan.reserve, MAX_INCOMING) // 2, 1)
-        self.host = HostTier(store, plan, schedule, is_cached, ranks, self._part, host_memory)
+        loan = min(max(plan.reserve, 1), MAX_INCOMING)
+        self.host = HostTier(store, plan, schedule, is_cached, ranks, loan, host_memory)
         self.queue = SwapQueue(target, store, self.pages, self.host, ranks, plan.newest_first)
         self._lock = threading.RLock()
         self._is_pinned = ranks == RANK_PINNED
@@ -282,11 +280,19 @@ class DeviceCache:
         self.hits += sum(not first <= s <= last for s in again)
         self._ahead.difference_update(band)
 
+    @property
+    def _part(self) -> int:
+        """Shards of one swap: as many as frames are kept free; half of that where they are copied,
+        so that the next ones can come while these are checked."""
+        part = min(self.plan.reserve, MAX_INCOMING)
+        return max(part // 2 if self.queue.are_copied else part, 1)
+
     def _want(self, shards: Sequence[int], kind: int, used: Any) -> None:
         """Queue swaps for shards that are not in the window yet, and enter them into it; `used` is
         the compute that must be over before anything is given up."""
-        for i in range(0, len(shards), self._part):
-            part = shards[i : i + self._part]
+        size = self._part
+        for i in range(0, len(shards), size):
+            part = shards[i : i + size]
             oldest = self._oldest()
             self._recent = {s: t for s, t in self._recent.items() if t >= oldest}
             if self._is_crowded(part):
@@ -298,7 +304,7 @@ class DeviceCache:
         lag = self.queue.tick - self._oldest()
         try:
             tick = self.queue.queue(shards, kind, lag, n_kept_free, used)
-        except GGUFShardError:  # the file, not the device: its gather has not been queued
+        except BaseException:  # the file, the driver, or an interrupt: its gather is not queued
             self.target.synchronize()
             self._recover()
             raise
@@ -349,8 +355,9 @@ class DeviceCache:
         used = self.queue.compute_so_far()
         shard_bytes = self.queue.store.shard_bytes
         with progress_bar(len(shards) * shard_bytes, label, bool(label)) as advance:
-            for i in range(0, len(shards), self._part):
-                part = shards[i : i + self._part]
+            size = self._part
+            for i in range(0, len(shards), size):
+                part = shards[i : i + size]
                 self._wanted.clear()
                 self._enter(part, UNCOUNTED, self._kept_free, used)
                 advance(len(part) * shard_bytes)

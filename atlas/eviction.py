@@ -25,9 +25,8 @@ from forge.sgmap import CACHE_POLICIES
 MAX_RESERVE = 4  # where a thread reads shards one after the other
 _MAX_BAND = 8
 # Where kernels bring in shards, all of a load come at once; and each band takes the host a quarter
-# of a millisecond (beside an H100), in which a band of 8 MiB would come over the link twice.
-_MAX_BAND_OF_KERNELS = 32
-_MAX_RESERVE_OF_KERNELS = 2 * _MAX_BAND_OF_KERNELS  # two loads: one comes, one is checked
+# of a millisecond (beside an H100), in which a band of 8 MiB would have come over the link already.
+_MAX_RESERVE_OF_KERNELS = _MAX_BAND_OF_KERNELS = 32
 _COMPLETE_BAND = 64
 
 
@@ -74,7 +73,7 @@ class PoolPlan:
         Frames of the pool.
     reserve
         Frames kept free, to read into before anything is given up; also the most shards that one
-        load brings in, or two loads of kernels do.
+        load brings in.
     band
         Shards that one step of compute may use at once.
     distance
@@ -149,8 +148,7 @@ def plan_pool(
             f"room for {max(n_frames, 0)} frames, {shape.smallest_pool} are needed",
             shape.smallest_pool,
         )
-    n_per_reserve = 75 if by_kernels else 150
-    reserve = min(max(n // n_per_reserve, 1), max_reserve, room - shape.min_band)
+    reserve = min(max(n // 150, 1), max_reserve, room - shape.min_band)
     band = min(max(n // 200, shape.min_band), max(max_band, shape.min_band), room - reserve)
     if by_kernels and prefetch_distance:
         prefetch_distance = max(prefetch_distance, band)
@@ -158,7 +156,7 @@ def plan_pool(
     n_pinned = 0
     if decided == "pin":
         # A kernel brings in several shards at once, and what came with them is kept as long.
-        together = -(-reserve // 2) if by_kernels else 0
+        together = reserve if by_kernels else 0
         n_pinned = _pinned(shape, room - reserve, band, distance + together, is_lender)
     return PoolPlan(decided, n_frames, reserve, band, distance, n_pinned)
 

@@ -120,16 +120,19 @@ class FileStore:
             row[:] = blocks[block * layout.bytes : (block + per_row) * layout.bytes]
         return rows
 
-    def corrupt_page(self, page: int, found: np.ndarray) -> CorruptPageError:
-        """The error about a page that was read as `found`, uint8 [4096], and does not hold."""
+    def corrupt_page(self, page: int, found: np.ndarray | int) -> CorruptPageError:
+        """The error about a page that was read as `found`, uint8 [4096], and does not hold; `found`
+        may be the CRC32 of its content, if that is all that is known."""
         expected = int(self.model.page_crc32[page])
         shard_map = self.model.map
+        fault = None if isinstance(found, int) else page_fault(found, expected)
+        crc32 = found if isinstance(found, int) else zlib.crc32(found[:CONTENT_BYTES])
         return CorruptPageError(
             self.model.core.path,
             page,
             page // self.shard_pages,
             shard_map.tensor_of_page(page),
             expected,
-            zlib.crc32(found[:CONTENT_BYTES]),
-            page_fault(found, expected) or "does not hold",
+            crc32,
+            fault or "does not hold",
         )

@@ -28,6 +28,7 @@ from atlas.ops.paged import PageCache
 from atlas.ops.scrub import N_CURSOR, scrub
 from atlas.ops.select import select
 from atlas.ops.swap_state import (
+    FAULT_CRC,
     FAULT_KIND,
     FAULT_NUMBER,
     FAULT_PAGE,
@@ -53,9 +54,10 @@ GATHER_BLOCKS = 1 if config.ENABLE_CUDASIM else 8
 #: And if copies have brought the pages, which device memory gives much faster.
 CHECK_BLOCKS = 1 if config.ENABLE_CUDASIM else 32
 _N_EVENTS = 64  # gathers to put compute behind; behind a later one than needed if it is longer ago
-_N_SPARE = 4  # events beyond: those of loans that are out, and the one being recorded
+_N_SPARE = 4  # events beyond. A loan's may be recorded anew even so: it then comes back later
 #: Whether shards are copied unless `SwapQueue.copy_shards` says so. Beside an H100 that was slower
-#: with one load of frames kept free (36 to 47 GB/s); with two it has not been measured.
+#: (36 to 47 GB/s) while a copy had to wait for the check of the one before; it need not any more,
+#: which has not been measured.
 ARE_COPIED = False
 _N_LISTS = 1 << 16
 _LIST_NUMBERS = 1 << 12  # of lists that do not count upwards, together
@@ -132,7 +134,16 @@ class SwapQueue:
 
     def copy_shards(self, are_copied: bool) -> None:
         """Choose how shards come: copied by the engine, or read by the kernel that checks them.
-        Nothing may be under way."""
+        Nothing may be under way.
+
+        Raises
+        ------
+        GGUFShardError
+            If there is a fault, of which whoever fetches the next result has to be told; until then
+            it is not known what copies have fallen upon.
+        """
+        if self.has_fault:
+            raise GGUFShardError("a page has failed its check, which nobody has been told yet")
         self._copies = None
         if are_copied:
             self._copies = CopyQueue(self.target, self.pages, self.store.shard_bytes)
@@ -157,7 +168,8 @@ class SwapQueue:
         return bool(self._fault.host[FAULT_KIND])
 
     def compute_so_far(self) -> Any:
-        """An event, valid until the next call: all compute that has been launched until now."""
+        """All compute that has been launched until now, or until the last call of this: there is
+        one event."""
         self._used.record(self.target.stream)
         return self._used
 
@@ -230,13 +242,14 @@ class SwapQueue:
         queued does nothing until `recover`."""
         if not self.has_fault:
             return None
-        kind, number = (int(self._fault.host[i]) for i in (FAULT_KIND, FAULT_NUMBER))
+        words = (FAULT_KIND, FAULT_NUMBER, FAULT_CRC)
+        kind, number, crc32 = (int(self._fault.host[word]) for word in words)
         self.target.synchronize()
         self._fault.host[:] = 0
         if kind == FAULT_PAGE:
             return self.store.corrupt_page(number, self._found(number))
         if kind == FAULT_SCRUB:
-            return self.store.corrupt_page(number, self._take_out(number))
+            return self.store.corrupt_page(number, self._take_out(number, crc32))
         return GGUFShardError(f"the pool has no room for shard {number} beside those in use")
 
     def recover(self) -> None:
@@ -254,11 +267,17 @@ class SwapQueue:
         """The table, with nothing under way and without shards that copies have fallen upon."""
         table = self.target.fetch(self.pages.table)
         if self._copies is not None:
-            gathered = int(self.target.fetch(self.state.state)[GATHERED])
-            table[self._copies.overwritten(table, gathered)] = -1
+            table[self._is_overwritten(table)] = -1
             self.target.write(self.pages.table, table)
             self._copies.reset(table)
         return table
+
+    def _is_overwritten(self, table: np.ndarray) -> np.ndarray:
+        """bool [n_shards]: those that are published, but that copies have fallen upon."""
+        if self._copies is None:
+            return np.zeros(len(table), np.bool_)
+        gathered = int(self.target.fetch(self.state.state)[GATHERED])
+        return self._copies.overwritten(table, gathered)
 
     def _help(self, shards: Sequence[int], tick: int) -> list[int]:
         """Do the host's part of a swap, if it has one, before its gather; returns the shards that
@@ -278,7 +297,18 @@ class SwapQueue:
         lent = [s for s in record.incoming if not self.host.addresses[s]]
         if lent:
             sources[sources == 0] = self.host.lend(lent)
-            first = tick % N_RECORDS * MAX_INCOMING
+        try:
+            self._bring(record, sources, bool(lent))
+        except BaseException:
+            self.target.synchronize()
+            self.host.take_back(lent)
+            raise
+        return lent
+
+    def _bring(self, record: Record, sources: np.ndarray, are_new: bool) -> None:
+        """Tell the device where shards lie, uint64 [n], if it does not know; and queue copies."""
+        if are_new:
+            first = record.tick % N_RECORDS * MAX_INCOMING
             place = self.state.sources[first : first + len(sources)]
             place.copy_to_device(sources, stream=self._planning)
             self._planning.synchronize()
@@ -286,7 +316,6 @@ class SwapQueue:
             self._copies.copy(record, sources.tolist(), self._put_behind)
             self._copied.record(self._copies.stream)
             self._copied.wait(self._moving)
-        return lent
 
     def _await_record(self, tick: int) -> Record | None:
         """What the select of a tick, the latest, has decided; None if it does nothing."""
@@ -317,16 +346,17 @@ class SwapQueue:
         self._n_listed += len(shards)
         return place
 
-    def _take_out(self, page: int) -> np.ndarray:
-        """A resident page that does not hold; its shard is taken out of the table, and brought in
-        again when it is wanted."""
+    def _take_out(self, page: int, crc32: int) -> np.ndarray | int:
+        """A resident page that does not hold, or the CRC32 it had if it has been copied upon since;
+        its shard is taken out of the table, and brought in again when it is wanted."""
         shard, slot = divmod(page, self.store.shard_pages)
         table = self.target.fetch(self.pages.table)
+        is_there = not self._is_overwritten(table)[shard]
         start = (int(table[shard]) * self.store.shard_pages + slot) * PAGE_BYTES
         content = self.target.fetch(self.pages.frames[start : start + PAGE_BYTES])
         table[shard] = -1
         self.target.write(self.pages.table, table)
-        return content
+        return content if is_there else crc32
 
     def _found(self, page: int) -> np.ndarray:
         """A page that did not hold, as it is in host memory or, if it has gone from there, in the

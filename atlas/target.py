@@ -290,8 +290,8 @@ class CudaTarget(Target):
             queue_it()
 
     def copy(self, to: int, source: int, n_bytes: int, stream: Any) -> None:
-        """Queue a copy between two addresses, on the device or the host; the host's memory should
-        be pinned, or it waits for the copy."""
+        """Queue a copy between two addresses, on the device or the host. If memory of the host is
+        not pinned, this may return only when the copy is over."""
         self._queue.copy(to, source, n_bytes, stream)
 
     @contextmanager

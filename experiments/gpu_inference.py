@@ -261,7 +261,8 @@ def _resident_rows(session: _Session, case: ModelCase) -> tuple[list[dict[str, A
 def _budget_rows(
     session: _Session, case: ModelCase, budget: str, expected: list[int]
 ) -> list[dict[str, Any]]:
-    """Decoding within a budget, beside PyTorch within the same."""
+    """Decoding within a budget, beside the other way to bring shards, and PyTorch within the
+    same."""
     n = session.cases.budget_tokens
     params = {"model": case.name, "budget": budget}
     with session.open(case, parse_size(budget), session.cases.start_tokens) as model:

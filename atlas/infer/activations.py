@@ -72,11 +72,11 @@ class Activations:
         return self._cuts[n_tokens]
 
 
-def row_of(buffers: dict[str, Any], token: int) -> dict[str, Any]:
-    """Buffers of several tokens (`Activations.first`), cut to one of them."""
+def row_of(buffers: dict[str, Any], token: int, *names: str) -> dict[str, Any]:
+    """Buffers of several tokens (`Activations.first`), these cut to one token."""
     if buffers["x"].shape[0] == 1:
         return buffers
-    return {name: rows[token : token + 1] for name, rows in buffers.items()}
+    return {name: buffers[name][token : token + 1] for name in names}
 
 
 def _activation_widths(config: LlamaConfig) -> dict[str, int]:

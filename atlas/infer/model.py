@@ -269,7 +269,7 @@ class LlamaModel:
             else:
                 self._feed_forward(number, b)
         if want_logits:
-            last = row_of(b, n_tokens - 1)
+            last = row_of(b, n_tokens - 1, "h", "x", "delta")
             self._normalise(last, self.weights.output_norm, self._leaves_delta)
             self.weights.multiply(self._activations.logits, self.weights.output, last["h"])
         advance(self.target, self._device_position, n_tokens)
@@ -323,7 +323,7 @@ class LlamaModel:
         chosen, shares = route(target.get(b["router"]), self.config.n_expert_used)
         for expert in np.unique(chosen).tolist():
             for t in np.flatnonzero((chosen == expert).any(axis=1)).tolist():
-                row = row_of(b, t)
+                row = row_of(b, t, "x", "h", "gate", "up", "delta")
                 self.weights.multiply(row["gate"], layer["ffn_gate_exps"][expert], row["h"])
                 self.weights.multiply(row["up"], layer["ffn_up_exps"][expert], row["h"])
                 swiglu(target, row["gate"], row["gate"], row["up"])

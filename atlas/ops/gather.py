@@ -105,22 +105,25 @@ def write_fault(fault, failed, page, bits, crc, kind):
 
 @cuda.jit(device=True)
 def bring_page(shared, lane, first, source, words, start, page, expected, fault, failed):
-    """Bring a page from address `first`, or else from `source`, to word `start`, and see that it
-    holds; by a warp."""
+    """Bring a page from address `source` to word `start`, and see that it holds; by a warp. If
+    `first` is another address, it is `start`'s, and the page should be there already."""
     # Twice in a row, not in a loop: NVVM 13.0 does not come to an end with tuples that change.
-    crc, bits = store_checked(shared, lane, words, start, expected, fetch_page(first, lane))
+    loaded = fetch_page(first, lane)
+    if first == source:
+        store_page(words, start, lane, loaded)
+    crc, bits = check_loaded(shared, lane, expected, loaded)
     if cuda.any_sync(FULL_WARP, bits != 0):
         again = fetch_page_anew(source, lane)
-        crc, bits = store_checked(shared, lane, words, start, expected, again)
+        store_page(words, start, lane, again)
+        crc, bits = check_loaded(shared, lane, expected, again)
         if bits != 0:
             write_fault(fault, failed, page, bits, crc, FAULT_PAGE)
 
 
 @cuda.jit(device=True)
-def store_checked(shared, lane, words, start, expected, loaded):
-    """Store a page at word `start`; its CRC32 and, to the last lane, which has loaded tag and
+def check_loaded(shared, lane, expected, loaded):
+    """The CRC32 of a page that a warp has loaded and, to the last lane, which has loaded tag and
     magic, what is wrong with it."""
-    store_page(words, start, lane, loaded)
     crc = warp_crc32(shared, lane, loaded)
     bits = np.uint32(0)
     if lane == LAST_LANE:

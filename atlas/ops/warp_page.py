@@ -106,7 +106,7 @@ def load_page(words, start, lane):
 
 @cuda.jit(device=True)
 def fetch_page(source, lane):
-    """A lane's eight loads of a page in host memory."""
+    """A lane's eight loads of a page by its address."""
     at = np.uint64(source + np.uint64(np.uint32(lane << np.uint32(4))))
     return (
         load16_once_at(at),

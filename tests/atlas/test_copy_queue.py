@@ -37,7 +37,7 @@ class Copies:
     Attributes
     ----------
     waited
-        Ticks whose gathers the copies have been put behind, one for each record that has some.
+        Ticks whose gathers copies have been put behind.
     """
 
     def __init__(self) -> None:
@@ -75,9 +75,9 @@ def test_copies_wait_for_the_gather_that_frees_their_frames() -> None:
     copies.copy(4, {4: 0}, [])
     copies.copy(5, {5: 4, 6: 1}, [4])
     copies.copy(6, {7: 0}, [])
-    # No frame of tick 0, 1 and 3 has held anything; frame 0 is free after 1, then 5; frame 1 after
-    # 2. Tick 2 copies nothing.
-    assert copies.waited == [-1, -1, -1, 1, 2, 5]
+    # No frame of tick 0, 1 and 3 has held anything, tick 2 copies nothing; frame 0 is free after 1,
+    # then 5, and frame 1 after 2.
+    assert copies.waited == [1, 2, 5]
 
 
 def test_what_is_published_and_was_copied_upon_is_named() -> None:
@@ -112,4 +112,4 @@ def test_after_a_reset_nothing_is_waited_for_but_what_goes_then() -> None:
     assert not copies.queue.overwritten(np.zeros(N_SHARDS, np.int32), 0).any()
     copies.copy(2, {1: 0}, [8])
     copies.copy(3, {2: 3}, [])
-    assert copies.waited == [-1, -1, 2]
+    assert copies.waited == [2]

@@ -216,6 +216,58 @@ def test_parts_that_came_first_go_again(atlas: Atlas) -> None:
     cache.assert_at_rest(atlas)
 
 
+@both_ways
+@pytest.mark.parametrize("step", ["_help", "_bring"])
+def test_an_interrupt_before_the_gather_is_got_over(
+    map_path: Path, monkeypatch: pytest.MonkeyPatch, way: None, step: str
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    small = Size(n_bytes=8 * PAGE_BYTES)  # so that shards are lent, and have to come back
+    with Atlas.open(map_path, "50%", CudaTarget(), policy="lru", host_memory=small) as atlas:
+        shards = atlas.shards.schedule
+        for first in range(0, 12, 2):
+            band = Band(0, 1, shards[first], shards[first + 1])
+            with monkeypatch.context() as patch:
+                patch.setattr(device_cache(atlas).queue, step, interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    atlas.acquire(band)
+            cache.assert_at_rest(atlas)
+            atlas.acquire(band)
+            atlas.target.synchronize()
+            assert {shards[first], shards[first + 1]} <= set(cache.resident(atlas))
+
+
+@both_ways
+def test_the_way_shards_come_is_not_changed_behind_a_fault(atlas: Atlas) -> None:
+    shards, queue = atlas.shards.schedule, device_cache(atlas).queue
+    other_way = not queue.are_copied
+    flip_bit(atlas, shards[3], 0)
+    atlas.acquire(Band(0, 1, shards[2], shards[3]))
+    atlas.target.synchronize()
+    with pytest.raises(GGUFShardError, match="which nobody has been told yet"):
+        queue.copy_shards(other_way)
+    with pytest.raises(CorruptPageError):
+        device_cache(atlas).check()
+    queue.copy_shards(other_way)
+    assert queue.are_copied == other_way
+    atlas.atomic_swap(shards[4:8])
+    cache.assert_at_rest(atlas)
+
+
+def test_the_host_waits_for_no_select_where_all_is_in_memory(
+    map_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awaited: list[int] = []
+    with Atlas.open(map_path, "50%", CudaTarget(), policy="pin") as atlas:
+        queue = device_cache(atlas).queue
+        monkeypatch.setattr(queue, "_await_record", awaited.append)
+        cache.walk(atlas)
+        assert queue.is_settled.any() and not queue.is_settled.all()
+        assert awaited == []
+
+
 def steady(
     map_path: Path, target: CpuTarget | CudaTarget, policy: str, distance: int,
     host_memory: Size | None = None,

@@ -70,7 +70,7 @@ def test_every_plan_leaves_room_for_what_is_in_use(
             assert plan.band >= min(shape.min_band, shape.n_shards), at
             reaches_a_band = by_kernels and prefetch_distance > 0
             farthest = max(prefetch_distance, plan.band) if reaches_a_band else prefetch_distance
-            max_reserve = 64 if by_kernels else MAX_RESERVE
+            max_reserve = 32 if by_kernels else MAX_RESERVE
             assert 1 <= plan.reserve <= max_reserve and 0 <= plan.distance <= farthest, at
             assert 0 <= plan.n_pinned <= shape.n_scheduled, at
             assert plan.newest_first == (policy == "mru")
@@ -101,7 +101,7 @@ def test_one_frame_less_than_the_smallest_pool_is_refused(policy: str) -> None:
 def test_kernels_bring_in_a_large_band_at_a_time() -> None:
     shape = CacheShape(20, 12_600, 0, 2)  # 7B in F16
     of_kernels = plan_pool(shape, 2600, "pin", 8, by_kernels=True)
-    assert (of_kernels.reserve, of_kernels.band, of_kernels.distance) == (64, 32, 32)
+    assert (of_kernels.reserve, of_kernels.band, of_kernels.distance) == (32, 32, 32)
     assert plan_pool(shape, 2600, "pin", 64, by_kernels=True).distance == 64
     assert plan_pool(shape, 2600, "pin", 0, by_kernels=True).distance == 0
     of_the_host = plan_pool(shape, 2600, "pin", 8)

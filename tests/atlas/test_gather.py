@@ -235,9 +235,17 @@ class Pool:
         counts[number % words.N_RECORDS, [words.N_IN, words.N_OUT]] = len(incoming), len(outgoing)
         self.target.write(self.swap.counts, counts.reshape(-1))
 
-    def gather(self, blocks: int = 2) -> None:
-        gather(self.target, self.swap, self.cache, self.page_crc32, N_PAGES, blocks)
+    def gather(self, blocks: int = 2, are_there: bool = False) -> None:
+        gather(
+            self.target, self.swap, self.cache, self.page_crc32, N_PAGES, blocks,
+            are_there=are_there,
+        )  # fmt: skip
         self.target.synchronize()
+
+    def put(self, frame: int, slot: int, page: np.ndarray) -> None:
+        """Write a page of a frame, uint8 [4096]."""
+        start = (frame * SLOTS + slot) * 4096
+        self.target.write(self.cache.frames[start : start + 4096], page)
 
     def counts(self) -> np.ndarray:
         return self.target.get(self.swap.counts).reshape(words.N_RECORDS, words.N_COUNTS)
@@ -386,6 +394,42 @@ def test_a_bad_page_publishes_nothing(pool: Pool, damage: str, blocks: int) -> N
     assert pool.gathered() == pool.pages_in() == 0
     assert pool.fault.host.tolist() == [kind, *found]
     assert not pool.counts()[:, words.BLOCKS_DONE].any()
+
+
+def test_pages_that_are_there_are_checked_where_they_lie(pool: Pool) -> None:
+    for shard, frame in ((4, 2), (5, 0)):
+        for slot in range(SLOTS):
+            pool.put(frame, slot, pool.host[shard, slot])
+    contents = pool.contents()
+    pool.host[...] = FILL
+    pool.record(0, [4, 5], [2, 0], [1])
+    pool.gather(are_there=True)
+    assert pool.fault.host[words.FAULT_KIND] == 0
+    assert pool.table() == [3, -1, -1, -1, 2, 0]
+    assert pool.gathered() == 1
+    np.testing.assert_array_equal(pool.contents(), contents)
+
+
+def test_a_page_that_came_damaged_is_read_from_host_memory(pool: Pool) -> None:
+    for slot in range(1, SLOTS):
+        pool.put(2, slot, pool.host[4, slot])
+    pool.put(2, 0, pool.host[4, 0] ^ 1)
+    pool.record(0, [4], [2], [])
+    pool.gather(are_there=True)
+    assert pool.fault.host[words.FAULT_KIND] == 0
+    assert pool.table()[4] == 2
+    np.testing.assert_array_equal(pool.contents()[2], pool.host[4])
+
+
+def test_a_page_that_is_damaged_in_host_memory_too_publishes_nothing(pool: Pool) -> None:
+    pool.host[4, 0, 0] ^= 1
+    for slot in range(SLOTS):
+        pool.put(2, slot, pool.host[4, slot])
+    pool.record(0, [4], [2], [1])
+    pool.gather(are_there=True)
+    assert pool.fault.host[: words.FAULT_NUMBER + 1].tolist() == [words.FAULT_PAGE, 4 * SLOTS]
+    assert pool.table() == [3, 1, -1, -1, -1, -1]
+    assert pool.gathered() == 0
 
 
 def test_goes_on_once_the_fault_is_cleared(pool: Pool) -> None:

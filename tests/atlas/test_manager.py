@@ -252,7 +252,11 @@ def test_tensors_of_several_bands_are_those_of_the_source(target: Target, dense:
             np.testing.assert_array_equal(values, source_values(dense, name))
 
 
-def test_rows_are_looked_up_past_the_cache(small: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 20_000, 8 << 20])
+def test_rows_are_looked_up_past_the_cache(
+    small: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("atlas.host_store._ROWS_BYTES", at_once)
     with Atlas.open(small, "100%", CpuTarget()) as atlas:
         before = atlas.stats.copy()
         expected = source_values(small, "token_embd.weight")

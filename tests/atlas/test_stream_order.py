@@ -101,6 +101,10 @@ def opened(
     return atlas, target, draw
 
 
+def refuse(source: int, lane: int) -> None:
+    raise AssertionError("a page did not hold when it was looked at")
+
+
 def do_something_else(atlas: Atlas, draw: random.Random) -> None:
     chance = draw.random()
     if chance < 0.1:
@@ -115,12 +119,13 @@ def do_something_else(atlas: Atlas, draw: random.Random) -> None:
             assert "at once" in str(error)
 
 
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", range(10))
 def test_compute_finds_what_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     small = Size(n_bytes=12 * PAGE_BYTES)
     atlas, target, draw = opened(tmp_path, monkeypatch, seed, small if seed % 2 else None)
+    monkeypatch.setattr("atlas.ops.gather.fetch_page_anew", refuse)  # copies have come in time
     with atlas:
         compute, order = Compute(atlas), bands(atlas)
         for i in range(N_STEPS):
@@ -133,7 +138,7 @@ def test_compute_finds_what_it_needs(
         assert (compute.absent, compute.wrong) == ([], [])
 
 
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", range(10))
 def test_no_result_leaves_once_compute_has_missed_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
@@ -167,7 +172,7 @@ def test_no_result_leaves_once_compute_has_missed_a_page(
         assert n_faults > 0
 
 
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", range(10))
 def test_compute_finds_the_version_it_was_queued_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
