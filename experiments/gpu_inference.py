@@ -274,6 +274,7 @@ def _budget_rows(
                 variants.append(_peer_variant(session, peer, decoding, n))
             variants.append(_other_way_variant(decoding, n, expected))
             rows = session.bench.measure(Case("gpu-streamed", "tokens/s", params), variants)
+        decoding.tokens(n)  # the last continuation has gone the other way
         for counted, variant in _counted(session, decoding, n, params):
             rows += session.bench.measure(counted, [variant])
     return rows
