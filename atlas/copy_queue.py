@@ -1,8 +1,8 @@
 """Shards that come by the copy engine.
 
 A kernel that reads host memory gets less than the link carries: 48 to 50 of 55 GB/s beside an H100,
-with or without a check. The engine gets all of it. But an engine cannot plan: the host has to know what
-a select has decided, and there is no taking a copy back. So
+with or without a check. The engine gets all of it. But an engine cannot plan: the host has to know
+what a select has decided, and there is no taking a copy back. So
 
     a copy into a frame waits for the gather that takes the frame's last shard out of the table
     a gather behind it checks what has come, and publishes it
