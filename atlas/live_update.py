@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ from delta.checked_patch import check_patch
 from delta.patch_file import PatchReader
 from delta.sharded_update import ShardedUpdate
 from delta.source_model import ShardedSource, open_source
+from forge.buffers import forget_scratch
 from forge.errors import GGUFShardError
 from forge.sgmap import ShardMap
 from forge.sharded_model import ShardedModel
@@ -222,7 +223,10 @@ class LiveModel:
             If what was written cannot be read back (`adopt`).
         """
         path = self.model.map_path
-        with PatchReader(patch) as reader, open_source(path) as base:
+        with ExitStack() as stack:
+            stack.callback(forget_scratch)  # memory is the model's
+            reader = stack.enter_context(PatchReader(patch))
+            base = stack.enter_context(open_source(path))
             assert isinstance(base, ShardedSource)
             if base.model.map != self.map:
                 raise GGUFShardError(f"{path}: is another version of the model than the one in use")

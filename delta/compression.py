@@ -12,32 +12,32 @@ that a frame may expand to are known to whoever reads it, and it is held to them
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import numpy as np
 import zstandard
 
 from forge.errors import GGUFShardError
+from forge.thread_things import ThreadThings
 
 #: Distances over which matches are looked for, at most: this bounds what decompressing takes.
 _MAX_WINDOW_LOG = 23
 
 #: From this level on searching takes so long that trying is nothing beside it.
-_SLOW_LEVEL = 6
+SLOW_LEVEL = 6
 
 #: Below, ways to compress a stream are tried on so many pieces of it, of so many bytes.
-_TRIAL_PIECES, _TRIAL_BYTES = 4, 1 << 14
+_TRIAL_PIECES, _TRIAL_BYTES = 2, 1 << 14
 
 #: Of streams that compress to more than this share it is the streams that are kept.
 _WORTHWHILE_SHARE = 0.99
 
-_of_thread = threading.local()  # Zstandard's objects serve one thread at a time
+_things = ThreadThings()  # Zstandard's objects serve one thread at a time
 
 
 def _compressor(level: int | None) -> zstandard.ZstdCompressor:
     """This thread's compressor of a level; None is the one that hardly searches."""
-    compressors = _of_thread.__dict__.setdefault("compressors", {})
+    compressors = _things.mine().setdefault("compressors", {})
     if level not in compressors:
         if level is None:
             parameters = zstandard.ZstdCompressionParameters(
@@ -60,14 +60,16 @@ def _compressor(level: int | None) -> zstandard.ZstdCompressor:
 
 def _decompressor() -> zstandard.ZstdDecompressor:
     """This thread's decompressor."""
-    if not hasattr(_of_thread, "decompressor"):
-        _of_thread.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << _MAX_WINDOW_LOG)
-    return _of_thread.decompressor
+    things = _things.mine()
+    if "decompressor" not in things:
+        things["decompressor"] = zstandard.ZstdDecompressor(max_window_size=1 << _MAX_WINDOW_LOG)
+    decompressor: zstandard.ZstdDecompressor = things["decompressor"]
+    return decompressor
 
 
 def _on_trial(stream: np.ndarray, level: int) -> list[memoryview]:
     """What ways to compress a stream are tried on: pieces from all over it, or all of it."""
-    if level >= _SLOW_LEVEL or stream.size <= _TRIAL_PIECES * _TRIAL_BYTES:
+    if level >= SLOW_LEVEL or stream.size <= _TRIAL_PIECES * _TRIAL_BYTES:
         return [stream.data]
     starts = np.linspace(0, stream.size - _TRIAL_BYTES, _TRIAL_PIECES).astype(np.int64)
     return [stream[start : start + _TRIAL_BYTES].data for start in starts]
@@ -118,10 +120,10 @@ def decompress(stream: bytes | memoryview, expected_size: int) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        uint8 [expected_size]. GGUFShardError if that is not what the stream holds.
+        uint8 [expected_size], its own memory. GGUFShardError if that is not what the stream holds.
     """
     if len(stream) == expected_size:
-        return np.frombuffer(stream, np.uint8)
+        return np.frombuffer(bytes(stream), np.uint8)
     if len(stream) > expected_size:
         raise GGUFShardError(f"stream has {len(stream)} bytes for {expected_size}")
     try:

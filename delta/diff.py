@@ -130,8 +130,10 @@ def _compare_and_hash(
     with ExitStack() as stack:
         # A sharded model's map says what its files are; nothing need be hashed.
         old, new = (
-            model if isinstance(model, ShardedSource) else stack.enter_context(HashedReads(model))
-            for model in (base, target)
+            model
+            if isinstance(model, ShardedSource)
+            else stack.enter_context(HashedReads(model, role))
+            for model, role in ((base, "base"), (target, "target"))
         )
         comparison = compare(old, new, advance)
         return comparison, _records(old, old.sha256()), _records(new, new.sha256())
@@ -188,6 +190,9 @@ class _NoFile:
     """Takes what would be written."""
 
     def write(self, data: bytes | np.ndarray, offset: int) -> None:
+        pass
+
+    def settle(self, end: int) -> None:
         pass
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from delta.source_model import SourceModel
-from forge.buffers import ReadBuffer
+from forge.buffers import ReadBuffer, scratch
 
 _MOST_WAITING = 8  # pieces of what was read
 _PIECE_BYTES = 1 << 20
@@ -29,20 +29,32 @@ class HashedReads(SourceModel):
     ----------
     model
         The model; it is not closed with this object.
+    role
+        What no other model that is read at the same time is.
 
     Notes
     -----
-    For one reader, who leaves alone what it has been given.
+    For one reader, who leaves alone what it has been given. What `read` gives lies in memory
+    that is used again: it is good for the next few reads.
     """
 
-    def __init__(self, model: SourceModel) -> None:
+    def __init__(self, model: SourceModel, role: str) -> None:
         self.path, self.names, self.headers = model.path, model.names, model.headers
         self._model = model
         self._digests = [hashlib.sha256() for _ in model.names]
         self._done = [0] * len(model.names)
         self._hasher = ThreadPoolExecutor(1)
         self._buffer = ReadBuffer(_PIECE_BYTES)
+        self._role = role
+        self._n_reads = 0
         self._waiting: deque[Future[None]] = deque()
+
+    def read(self, part: int, offset: int, n_bytes: int) -> np.ndarray:
+        self._n_reads += 1
+        place = self._n_reads % (_MOST_WAITING + 1)  # one more than can wait to be hashed
+        data = scratch(f"{self._role} {place}", n_bytes, offset)
+        self.read_into(part, offset, data)
+        return data
 
     def read_into(self, part: int, offset: int, buffer: np.ndarray) -> None:
         self._model.read_into(part, offset, buffer)

@@ -9,16 +9,15 @@ offset, for writing the same bytes back to it, too.
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 
 from forge.pages import PAGE_BYTES
+from forge.thread_things import ThreadThings
 
 _LARGE = 1 << 15  # below it the call costs more than the copy
 _ALIGNMENT = 64
 
-_of_thread = threading.local()
+_things = ThreadThings()
 
 
 class ReadBuffer:
@@ -63,8 +62,8 @@ def scratch(name: str, n_bytes: int, offset: int = 0) -> np.ndarray:
     `offset` of a file on.
 
     New memory is cleared page by page, and a large array's is given back at once: making it again
-    and again can take longer than what is done in it. This memory stays its thread's, and what is
-    in it is good until the thread asks for the same name again.
+    and again can take longer than what is done in it. This memory stays its thread's, and is left
+    to another when that ends. What is in it is good until the thread asks for the same name again.
 
     Examples
     --------
@@ -73,7 +72,12 @@ def scratch(name: str, n_bytes: int, offset: int = 0) -> np.ndarray:
     >>> one.sum(), scratch("one", 10).base is one.base
     (np.uint64(1000), True)
     """
-    buffers: dict[str, ReadBuffer] = _of_thread.__dict__
+    buffers: dict[str, ReadBuffer] = _things.mine()
     if name not in buffers or buffers[name].n_bytes < n_bytes:
         buffers[name] = ReadBuffer(n_bytes)
     return buffers[name].at(offset, n_bytes)
+
+
+def forget_scratch() -> None:
+    """Give back this thread's scratch memory, and what ended threads have left."""
+    _things.forget()

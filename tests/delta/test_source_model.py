@@ -33,8 +33,23 @@ def test_hash_of_many_pieces(
     with open_source(model) as source:
         assert source.sha256(done.append) == expected
         assert sum(done) == model.stat().st_size and max(done) <= piece_bytes
-        with HashedReads(source) as hashed:
+        with HashedReads(source, "base") as hashed:
             middle = hashed.read(0, 5000, 7000)  # what comes before is read for the hash alone
             assert middle.tobytes() == model.read_bytes()[5000:12000]
             hashed.read_into(0, 100, np.empty(50, np.uint8))  # and this comes late
             assert hashed.sha256() == expected
+
+
+def test_what_was_read_last_is_good_while_it_is_hashed(model: Path) -> None:
+    """Memory is used again, but not before its bytes are hashed, nor under the reader's hands."""
+    content = model.read_bytes()
+    expected = (hashlib.sha256(content).hexdigest(),)
+    with (
+        open_source(model) as source,
+        HashedReads(source, "one") as one,
+        HashedReads(source, "other") as other,
+    ):
+        for offset in range(0, len(content) - 99, 99):
+            pieces = [hashed.read(0, offset, 99) for hashed in (one, other, one)]
+            assert {piece.tobytes() for piece in pieces} == {content[offset : offset + 99]}
+        assert one.sha256() == other.sha256() == expected
