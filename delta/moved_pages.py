@@ -15,7 +15,7 @@ import numpy as np
 
 from delta.compare import RunChange, chunks, read_pages, slice_pages
 from delta.page_grid import TENSOR, Run, stretches
-from delta.page_hash import hash_pages, sample_pages
+from delta.page_hash import SMALLEST_BYTES, hash_pages, sample_pages
 from delta.source_model import ShardedSource, SourceModel
 
 _STEP = 1024  # pages compared at once
@@ -123,6 +123,7 @@ def _content_keys(
     wanted[pages] = True
     samples, others = _samples(*here, wanted), _samples(*there)
     wanted &= samples != 0
+    wanted[wanted] = _is_among(samples[wanted], _repeated(samples[wanted], others))
     # A page and its counterpart are known to differ, however alike they are.
     n_like = _occurrences(samples[wanted], samples[wanted]) - 1
     n_like += _occurrences(samples[wanted], others)
@@ -132,11 +133,25 @@ def _content_keys(
     return keys[pages], _hashes(*there, np.isin(others, samples[wanted]), hash_pages)
 
 
+def _repeated(*values: np.ndarray) -> np.ndarray:
+    """Values that occur more than once in all arrays together, ascending."""
+    ordered = np.sort(np.concatenate(values))
+    return ordered[1:][ordered[1:] == ordered[:-1]]
+
+
+def _is_among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Which values are among others, which ascend: bool [n]."""
+    if len(ordered) == 0:
+        return np.zeros(len(values), np.bool_)
+    place = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return ordered[place] == values
+
+
 def _occurrences(values: np.ndarray, among: np.ndarray) -> np.ndarray:
     """How often each value occurs among others, int64 [n]."""
-    distinct, count = np.unique(among, return_counts=True)
-    if len(distinct) == 0:
+    if len(values) == 0 or len(among) == 0:
         return np.zeros(len(values), np.int64)
+    distinct, count = np.unique(among, return_counts=True)
     place = np.minimum(np.searchsorted(distinct, values), len(distinct) - 1)
     return np.where(distinct[place] == values, count[place], 0)
 
@@ -169,7 +184,6 @@ def _hashes(
 ) -> np.ndarray:
     """Hashes of the wanted ones of some runs' pages, uint64 [n_pages]; 0 for the others."""
     keys = np.zeros(len(wanted), np.uint64)
-    starts = numbered([change.run for change in changes])
 
     def hash_chunk(piece: tuple[Run, int, int, int]) -> None:
         run, start, first, count = piece
@@ -177,16 +191,22 @@ def _hashes(
             data = read_pages(model, run, first + begin, end - begin)
             keys[start + first + begin : start + first + end] = hash_of(data, run.page_bytes)
 
-    pieces = [
-        (change.run, start, first, count)
-        for change, start in zip(changes, starts.tolist(), strict=False)
-        if change.run.kind == TENSOR and wanted[start : start + change.run.n_pages].any()
-        for first, count in chunks(change.run, 0, change.run.n_pages)
-    ]
+    pieces = list(_pieces_with(wanted, [change.run for change in changes]))
     with ThreadPoolExecutor(_THREADS) as threads:
         for done in [threads.submit(hash_chunk, piece) for piece in pieces]:
             done.result()
     return keys
+
+
+def _pieces_with(wanted: np.ndarray, runs: Sequence[Run]) -> Iterator[tuple[Run, int, int, int]]:
+    """Pieces of tensors that hold wanted pages which have a hash: run, number of its first page,
+    first page and pages of the piece."""
+    for run, start in zip(runs, numbered(runs).tolist(), strict=False):
+        has_hash = run.n_pages - (run.span(run.n_pages - 1, 1)[1] < SMALLEST_BYTES)
+        if run.kind == TENSOR and wanted[start : start + has_hash].any():
+            for first, count in chunks(run, 0, has_hash):
+                if wanted[start + first : start + first + count].any():
+                    yield run, start, first, count
 
 
 def _look_up(sources: PageSources, keys: np.ndarray, others: np.ndarray) -> None:

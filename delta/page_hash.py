@@ -16,7 +16,8 @@ import numpy as np
 from forge.jit import cached_njit
 from forge.pages import PAGE_BYTES
 
-_SMALLEST = 64  # bytes: naming a copy takes some, too
+#: Smaller pages have no hash: naming a copy takes some bytes, too.
+SMALLEST_BYTES = 64
 _SAMPLE_STEP = 64  # pairs of bytes
 _FACTORS = np.random.default_rng(0).integers(1, 1 << 32, PAGE_BYTES // 2, np.uint32)
 _SAMPLE_FACTORS = np.ascontiguousarray(_FACTORS[::_SAMPLE_STEP])
@@ -67,6 +68,6 @@ def _keys(
     n_pages = -(-len(data) // page_bytes)
     keys = np.zeros(n_pages, np.uint64)
     loop(data[: len(data) // 2 * 2].view(np.uint16), page_bytes // 2, factors, keys)
-    if len(data) - (n_pages - 1) * page_bytes < _SMALLEST:
+    if len(data) - (n_pages - 1) * page_bytes < SMALLEST_BYTES:
         keys[-1] = 0
     return keys

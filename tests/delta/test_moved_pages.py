@@ -197,6 +197,25 @@ def test_a_page_that_is_another_one_and_zeros(tmp_path: Path, options: ShardOpti
     assert places[("c", 0)] in (("base", "a", 2), None)
 
 
+@pytest.mark.parametrize("n_bytes", [62, 64])
+def test_what_has_no_hash_is_not_read_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_bytes: int
+) -> None:
+    """Last pages that are too short to be copied; those that are not were sampled before."""
+    base = [f16(name, page(i), page(i + 50, n_bytes)) for i, name in enumerate("abcdef")]
+    target = [f16(name, page(i + 100), page(i + 150, n_bytes)) for i, name in enumerate("abcdef")]
+    reads: list[int] = []
+    read = moved_pages.read_pages
+
+    def counted(model: SourceModel, run: Run, first: int, count: int) -> np.ndarray:
+        reads.append(count)
+        return read(model, run, first, count)
+
+    monkeypatch.setattr(moved_pages, "read_pages", counted)
+    assert set(found(tmp_path, base, target).places.values()) == {None}
+    assert not reads
+
+
 def test_padding_is_not_moved(tmp_path: Path) -> None:
     base = factory.gguf([f16("a", page(1))], PAIRS, tail=page(2) * 2)
     target = factory.gguf([f16("a", page(1)), f16("b", page(2))], PAIRS, tail=page(1) + page(1))
