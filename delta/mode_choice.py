@@ -11,9 +11,14 @@ random changes of all densities.
 In a SPARSE page of N elements, e of them changed in r runs, the places cost about the entropy of a
 Markov chain of two states, e h(r/e) + (N-e) h(r/(N-e)) where h is that of a yes or no, and the
 values cost their own.
+
+Pages that are coded together are mostly of one mind, so at first a few are asked: if they agree,
+only those of the others that have changed more or less than all of them.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import numpy as np
 
@@ -41,6 +46,18 @@ _ORDERED_COST = 0.95
 #: And SPARSE for this, for what the Huffman codes of its streams lose.
 _SPARSE_COST = 1.05
 
+#: One page of so many is asked at first, at random lest patterns of pages be met, where there are
+#: as many as can speak for all.
+_PAGES_PER_VOTE, _FEWEST_VOTES = 8, 64
+
+#: Of the others one byte of so many is looked at, to see whether they have changed as much.
+_BITS_STEP = 31
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
+
+#: So small a share of pages may be given the mode of the others: mostly it loses little, and a
+#: group of their own takes time and room.
+STRAY_SHARE = 1 / 128
+
 #: RAW needs no base: it stays unless another mode costs less than this share.
 _WORTHWHILE_COST = 0.965
 
@@ -63,6 +80,17 @@ def _count_loop(page: np.ndarray, sample: np.ndarray, counts: np.ndarray) -> Non
         of_plane = counts[sample[i, 0]]
         for place in range(np.uint64(sample[i, 1]), np.uint64(page.size), np.uint64(sample[i, 2])):
             of_plane[np.uint64(page[place])] += np.uint16(1)
+
+
+@cached_njit()
+def _count_bits_loop(target: np.ndarray, base: np.ndarray, places: tuple[np.ndarray, np.ndarray],
+                     bits_of: np.ndarray, bits: np.ndarray) -> None:  # fmt: skip
+    """How many bits of each page have changed, of those looked at, int64 [n_pages]."""
+    for page in range(bits.size):
+        start = places[0][page]
+        bits[page] = 0
+        for place in range(start, start + places[1][page], _BITS_STEP):
+            bits[page] += bits_of[target[place] ^ base[place]]
 
 
 @cached_njit()
@@ -132,14 +160,14 @@ def _cheapest(raw: float, xor: float, ordered: float, sparse: float) -> int:
 
 @cached_njit()
 def _choose_loop(pages: tuple[np.ndarray, ...], elements: tuple[np.ndarray, ...],
-                 lengths: np.ndarray, has_order: bool, magnitude_mask: int, sample: np.ndarray,
-                 plane_shares: np.ndarray, n_log_n: np.ndarray,
-                 modes: np.ndarray) -> None:  # fmt: skip
-    """`pages` and `elements` are target, base, and room for a page, as bytes and as elements."""
+                 places: tuple[np.ndarray, np.ndarray], which: np.ndarray, has_order: bool,
+                 magnitude_mask: int, sample: np.ndarray, plane_shares: np.ndarray,
+                 n_log_n: np.ndarray, modes: np.ndarray) -> None:  # fmt: skip
+    """Modes of the pages `which`. `pages` and `elements` are target, base, and room for a page, as
+    bytes and as elements; `places` are where pages begin, and their lengths."""
     counts = np.empty((plane_shares.size, 256), np.uint16)
-    start = 0
-    for page in range(lengths.size):
-        length = lengths[page]
+    for page in which:
+        start, length = places[0][page], places[1][page]
         first, n = start // elements[0].itemsize, length // elements[0].itemsize
         target, base = elements[0][first : first + n], elements[1][first : first + n]
         changed = _xor_loop(target, base, elements[2][:n])
@@ -159,7 +187,6 @@ def _choose_loop(pages: tuple[np.ndarray, ...], elements: tuple[np.ndarray, ...]
                 _count_loop(pages[2][:length], sample, counts)
                 ordered = _planes_bits(counts, plane_bytes, n_log_n)
             modes[page] = _cheapest(raw, xor, ordered, sparse)
-        start += length
 
 
 def _sample(kind: ElementKind) -> np.ndarray:
@@ -179,14 +206,17 @@ def _sample(kind: ElementKind) -> np.ndarray:
 
 
 def choose_modes(
-    kind: ElementKind, target: np.ndarray, base: np.ndarray, lengths: np.ndarray
-) -> np.ndarray:
+    kind: ElementKind, target: np.ndarray, base: np.ndarray, lengths: np.ndarray,
+    ask_all: bool = True,
+) -> np.ndarray:  # fmt: skip
     """The mode that codes each page in the fewest bytes, as far as a sample tells.
 
     Parameters
     ----------
     kind, target, base, lengths
         Pages and their counterparts as for `delta.page_coding.encode`.
+    ask_all
+        Ask each page, even if those that are asked at first agree.
 
     Returns
     -------
@@ -201,8 +231,36 @@ def choose_modes(
     counts = np.arange(page.size + 1, dtype=np.float32)
     n_log_n = counts * np.log2(np.maximum(counts, 1))
     modes = np.empty(lengths.size, np.uint8)
-    _choose_loop(
-        pages, elements, lengths, kind.has_order, elements[2].dtype.type(kind.magnitude_mask),
-        _sample(kind), plane_shares, n_log_n, modes,
-    )  # fmt: skip
+    places = np.cumsum(lengths) - lengths, lengths
+
+    def ask(which: np.ndarray) -> None:
+        _choose_loop(
+            pages, elements, places, which, kind.has_order,
+            elements[2].dtype.type(kind.magnitude_mask), _sample(kind), plane_shares, n_log_n,
+            modes,
+        )  # fmt: skip
+
+    voters = _voters(lengths.size)
+    ask(voters)
+    most = int(np.bincount(modes[voters], minlength=1).argmax())
+    agree = voters[modes[voters] == most]
+    others = np.setdiff1d(np.arange(lengths.size), voters, assume_unique=True)
+    are_few = voters.size < _FEWEST_VOTES
+    if ask_all or are_few or most == SPARSE or voters.size - agree.size > STRAY_SHARE * voters.size:
+        ask(others)
+    else:
+        modes[others] = most
+        bits = np.empty(lengths.size, np.int64)
+        _count_bits_loop(target, base, places, _BITS, bits)
+        least, largest = int(bits[agree].min()), int(bits[agree].max())
+        margin = (largest - least) // 2
+        ask(others[(bits[others] < least - margin) | (bits[others] > largest + margin)])
     return modes
+
+
+@lru_cache(maxsize=8)  # batches are mostly of one length
+def _voters(n_pages: int) -> np.ndarray:
+    """The pages that are asked at first: int64, ascending, the same each time."""
+    n = n_pages // _PAGES_PER_VOTE
+    within = np.random.default_rng(n).integers(0, _PAGES_PER_VOTE, n)
+    return np.arange(n) * _PAGES_PER_VOTE + within

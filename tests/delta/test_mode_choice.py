@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
+from delta import mode_choice
 from delta.byte_planes import ElementKind, element_kind
 from delta.compression import compress_streams
 from delta.mode_choice import ORDERED, RAW, SPARSE, XOR, choose_modes
@@ -166,6 +167,53 @@ def test_pages_are_only_read_wherever_they_lie() -> None:
     assert set(choose_modes(kind, *arrays, lengths_of(kind)).tolist()) == {RAW}
     with pytest.raises(ValueError, match="pages are uint8"):
         choose_modes(kind, arrays[0], arrays[1][4:], lengths_of(kind))
+
+
+# ---- when only some pages are asked ----
+
+
+def pages_of_two_minds(n_others: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Target and base, 1024 pages of BF16: small steps, but for pages of other content."""
+    kind = element_kind(T.BF16)
+    rng = np.random.default_rng(seed)
+    base = numbers(kind, rng.normal(0, 0.02, 1024 * 2044))
+    target = base.view("<u2") + rng.integers(1, 9, 1024 * 2044).astype("<u2")
+    others = np.sort(rng.choice(1024, n_others, replace=False))
+    target.reshape(1024, -1)[others] = rng.integers(0, 1 << 16, (n_others, 2044))
+    return target.view(np.uint8), base, others
+
+
+@pytest.mark.parametrize(("n_others", "ask_all"), [(0, False), (0, True), (3, False), (400, False)])
+def test_pages_of_one_mind_are_not_all_asked(
+    monkeypatch: pytest.MonkeyPatch, n_others: int, ask_all: bool
+) -> None:
+    """Others are found all the same, be they few or many."""
+    asked: list[int] = []
+    loop = mode_choice._choose_loop
+    monkeypatch.setattr(
+        mode_choice, "_choose_loop", lambda *args: [asked.extend(args[3].tolist()), loop(*args)]
+    )
+    kind, lengths = element_kind(T.BF16), np.full(1024, 4088)
+    target, base, others = pages_of_two_minds(n_others)
+    modes = choose_modes(kind, target, base, lengths, ask_all)
+    assert {m: np.flatnonzero(modes == m).tolist() for m in (ORDERED, RAW)} == {
+        ORDERED: sorted({*range(1024)} - {*others.tolist()}), RAW: others.tolist(),
+    }  # fmt: skip
+    assert len(asked) == len(set(asked))
+    assert len(asked) == 1024 if ask_all or n_others > 3 else 128 <= len(asked) < 200
+
+
+@pytest.mark.parametrize("n_pages", [256, 511, 512, 1024])
+def test_pages_with_few_changes_are_all_asked(n_pages: int) -> None:
+    """Whoever has few changes does not decide for those who have many."""
+    kind, lengths = element_kind(T.BF16), np.full(n_pages, 4088)
+    base = np.random.default_rng(0).integers(0, 256, n_pages * 4088).astype(np.uint8)
+    target = base.copy()
+    target[::4088] ^= 1
+    many = target.reshape(n_pages, -1)[7]
+    many[:] = np.random.default_rng(1).integers(0, 256, 4088)
+    modes = choose_modes(kind, target, base, lengths, ask_all=False)
+    assert np.flatnonzero(modes != SPARSE).tolist() == [7]
 
 
 # ---- near the best ----
