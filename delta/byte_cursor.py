@@ -46,7 +46,7 @@ class ByteCursor:
         Where in the file they begin, for errors.
     """
 
-    def __init__(self, data: bytes, name: object, origin: int = 0) -> None:
+    def __init__(self, data: bytes | memoryview, name: object, origin: int = 0) -> None:
         self.data = memoryview(data)
         self.name = name
         self.origin = origin
@@ -60,13 +60,17 @@ class ByteCursor:
         """The error about a field that has just been read."""
         return GGUFShardError(f"{self.name}: offset {self.origin + self.offset}: {field}: {reason}")
 
-    def take(self, n_bytes: int, field: str) -> bytes:
-        """The next bytes."""
+    def view(self, n_bytes: int, field: str) -> memoryview:
+        """The next bytes, where they lie."""
         if not 0 <= n_bytes <= self.remaining:
             raise self.fail(field, f"needs {n_bytes} bytes, {self.remaining} remain")
         data = self.data[self.offset : self.offset + n_bytes]
         self.offset += n_bytes
-        return bytes(data)
+        return data
+
+    def take(self, n_bytes: int, field: str) -> bytes:
+        """The next bytes."""
+        return bytes(self.view(n_bytes, field))
 
     def integer(self, field: str, most: int | None = None) -> int:
         """A number, at most `most`."""

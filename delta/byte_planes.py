@@ -71,6 +71,12 @@ class ElementKind:
         """The bits that are inverted below a set sign; 0 for integers, which need no map."""
         return (1 << (8 * self.block_bytes - 1)) - 1 if self.exponent_bits else 0
 
+    @property
+    def masks(self) -> tuple[np.signedinteger, np.signedinteger]:
+        """What `add_difference_loop` needs: the magnitude mask, and all bits but the sign."""
+        word = np.dtype(f"i{self.block_bytes}").type
+        return word(self.magnitude_mask), word(np.iinfo(word).max)
+
     def words(self, content: np.ndarray) -> np.ndarray:
         """uint8 [n_bytes] of a plain type as signed integers [n_elements], without a copy."""
         return content.view(f"i{self.block_bytes}")
@@ -158,7 +164,7 @@ def plane_sizes(kind: ElementKind, n_bytes: int) -> list[int]:
     return [n_bytes // kind.block_bytes * size for _, size in kind.planes]
 
 
-def split_planes(kind: ElementKind, content: np.ndarray) -> list[np.ndarray]:
+def split_planes(kind: ElementKind, content: np.ndarray, out: np.ndarray) -> list[np.ndarray]:
     """Cut content in planes.
 
     Parameters
@@ -167,21 +173,22 @@ def split_planes(kind: ElementKind, content: np.ndarray) -> list[np.ndarray]:
         What the content is made of.
     content
         uint8 [n_bytes], contiguous, whole blocks.
+    out
+        uint8 [n_bytes]: where the planes come to lie, one after the other.
 
     Returns
     -------
     list of numpy.ndarray
-        uint8 arrays of `plane_sizes`.
+        uint8 arrays of `plane_sizes`, parts of `out`.
     """
     if kind.has_order:
         words = kind.words(content)
-        planes = np.empty((kind.block_bytes, words.size), np.uint8)
-        _split_words_loop(words, planes)
-        return list(planes)
-    streams = [np.empty(size, np.uint8) for size in plane_sizes(kind, content.size)]
-    for plane, (offset, size) in zip(streams, kind.planes, strict=True):
-        _copy_pieces_loop(content, plane, size, (offset, 0), (kind.block_bytes, size))
-    return streams
+        _split_words_loop(words, out.reshape(kind.block_bytes, words.size))
+    planes = np.split(out, np.cumsum(plane_sizes(kind, content.size))[:-1])
+    if not kind.has_order:
+        for plane, (offset, size) in zip(planes, kind.planes, strict=True):
+            _copy_pieces_loop(content, plane, size, (offset, 0), (kind.block_bytes, size))
+    return planes
 
 
 def join_planes(kind: ElementKind, planes: Sequence[np.ndarray], content: np.ndarray) -> np.ndarray:
@@ -225,7 +232,7 @@ def difference_loop(target: np.ndarray, base: np.ndarray, out: np.ndarray,
 
 
 @cached_njit()
-def _add_difference_loop(known: np.ndarray, zigzag: np.ndarray, out: np.ndarray,
+def add_difference_loop(known: np.ndarray, zigzag: np.ndarray, out: np.ndarray,
                          masks: tuple[int, int], backwards: bool) -> None:  # fmt: skip
     word = out.dtype.type
     magnitude_mask, positive_mask = masks
@@ -250,12 +257,11 @@ def ordered_difference(
 
 
 def add_ordered_difference(
-    kind: ElementKind, known: np.ndarray, difference: np.ndarray, backwards: bool = False
-) -> np.ndarray:
-    """The target from the base, or backwards the base from the target: uint8 [n_bytes]."""
-    out = np.empty_like(difference)
-    words = kind.words(out)
-    word = words.dtype.type
-    masks = (word(kind.magnitude_mask), np.iinfo(word).max)
-    _add_difference_loop(kind.words(known), kind.words(difference), words, masks, backwards)
+    kind: ElementKind, known: np.ndarray, difference: np.ndarray, out: np.ndarray,
+    backwards: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """The target from the base, or backwards the base from the target, in `out`: uint8 [n_bytes],
+    which may be the difference itself."""
+    known, difference, words = (kind.words(x) for x in (known, difference, out))
+    add_difference_loop(known, difference, words, kind.masks, backwards)
     return out

@@ -6,7 +6,8 @@ mode. A group becomes a few *streams* of bytes:
     RAW      the planes of the pages themselves (`delta.byte_planes`)
     XOR      the planes of the pages XOR their counterparts in the base
     ORDERED  the planes of the zigzagged steps from the base's elements to the target's; those of
-             floating-point elements are sorted by the exponent of the base's element
+             floating-point elements are sorted by the exponent of the base's element, and the last
+             ones, if they are small, give half a byte each to a stream of their own
     SPARSE   the changed bytes one by one
 
 The streams of SPARSE are, for each page, the number of its changed bytes, and for each changed
@@ -39,16 +40,17 @@ from delta.byte_planes import (
     split_planes,
 )
 from delta.compression import compress_streams, decompress
-from delta.exponent_sort import sort_by_exponent
+from delta.exponent_sort import add_sorted_difference, sorted_difference
 from delta.mode_choice import MODE_NAMES, ORDERED, RAW, SPARSE, XOR, choose_modes
+from delta.small_steps import check_pairs, count_pairs, put_pairs, take_pairs
 from forge.buffers import scratch
 from forge.errors import GGUFShardError
 from forge.jit import cached_njit
 
 __all__ = [
     "GROUP_BYTES", "MODE_NAMES", "ORDERED", "RAW", "SPARSE", "XOR", "Edits", "choose_modes",
-    "compress_streams", "decode", "decode_edits", "decode_reverse", "decompress", "encode",
-    "stream_sizes",
+    "compress_streams", "count_items", "decode", "decode_edits", "decode_reverse", "decompress",
+    "encode", "stream_sizes",
 ]  # fmt: skip
 
 GROUP_BYTES = 4 << 20
@@ -89,26 +91,30 @@ def encode(
     Returns
     -------
     list of numpy.ndarray
-        uint8 arrays of `stream_sizes`.
+        uint8 arrays of `stream_sizes`, good until this thread encodes again.
     """
     _check_mode(kind, mode)
     check_pages(kind, lengths, target)
     if mode == RAW:
-        return split_planes(kind, target)
+        return split_planes(kind, target, scratch("planes", target.size))
     check_pages(kind, lengths, base)
     assert base is not None
     if mode == SPARSE:
         return _encode_sparse(target, base, lengths)
+    difference, other = scratch("difference", target.size), scratch("planes", target.size)
     if mode == XOR:
-        return split_planes(kind, target ^ base)
-    difference = ordered_difference(kind, target, base, scratch("difference", target.size))
-    if kind.exponent_bits and not symmetric:
-        difference = sort_by_exponent(kind, difference, base, scratch("sorted", base.size))
-    return split_planes(kind, difference)
+        return split_planes(kind, np.bitwise_xor(target, base, out=difference), other)
+    if symmetric or not kind.exponent_bits:
+        return split_planes(kind, ordered_difference(kind, target, base, difference), other)
+    steps = sorted_difference(kind, target, base, difference)
+    n_pairs = count_pairs(kind, steps)
+    pairs = take_pairs(kind, steps, scratch("pairs", n_pairs)) if n_pairs else None
+    planes = split_planes(kind, steps, other)
+    return planes if pairs is None else [*planes, pairs]
 
 
 def stream_sizes(
-    kind: ElementKind, mode: int, n_bytes: int, n_pages: int, n_edits: int = 0
+    kind: ElementKind, mode: int, n_bytes: int, n_pages: int, n_items: int = 0
 ) -> list[int]:
     """Bytes of each stream of a group, before compression.
 
@@ -116,15 +122,27 @@ def stream_sizes(
     ----------
     n_bytes, n_pages
         Content of the group.
-    n_edits
-        Changed bytes, for SPARSE; GGUFShardError if they are more than there are bytes.
+    n_items
+        Changed bytes, for SPARSE; pairs of small steps, for ORDERED. GGUFShardError if there cannot
+        be so many.
     """
     _check_mode(kind, mode)
-    if mode != SPARSE:
-        return plane_sizes(kind, n_bytes)
-    if not 0 <= n_edits <= n_bytes:
-        raise GGUFShardError(f"{n_edits} changed bytes in {n_bytes}")
-    return [n_pages, n_pages, n_edits, n_edits, n_edits]
+    if mode == SPARSE:
+        if not 0 <= n_items <= n_bytes:
+            raise GGUFShardError(f"{n_items} changed bytes in {n_bytes}")
+        return [n_pages, n_pages, n_items, n_items, n_items]
+    sizes = plane_sizes(kind, n_bytes)
+    if n_items == 0:
+        return sizes
+    check_pairs(kind, n_bytes if mode == ORDERED and kind.exponent_bits else 0, n_items)
+    return [*sizes, n_items]
+
+
+def count_items(kind: ElementKind, mode: int, streams: Sequence[np.ndarray]) -> int:
+    """What `stream_sizes` has to know of the streams that `encode` made."""
+    if mode == SPARSE or (mode == ORDERED and len(streams) > len(kind.planes)):
+        return streams[-1].size
+    return 0
 
 
 def decode(
@@ -148,11 +166,16 @@ def decode(
     assert base is not None
     if mode != ORDERED:
         return _apply_xor(kind, mode, streams, base, lengths)
-    difference = join_planes(kind, streams, scratch("difference", base.size))
-    if kind.exponent_bits and not symmetric:
-        unsorted = scratch("sorted", base.size)
-        difference = sort_by_exponent(kind, difference, base, unsorted, undo=True)
-    return add_ordered_difference(kind, base, difference)
+    pages = np.empty(base.size, np.uint8)
+    if symmetric or not kind.exponent_bits:
+        join_planes(kind, streams, pages)
+        return add_ordered_difference(kind, base, pages, pages)
+    has_pairs = len(streams) == len(kind.planes) + 1
+    planes = streams[:-1] if has_pairs else streams
+    steps = join_planes(kind, planes, scratch("steps", base.size))
+    if has_pairs:
+        put_pairs(kind, steps, streams[-1])
+    return add_sorted_difference(kind, base, steps, pages)
 
 
 def decode_reverse(
@@ -173,8 +196,8 @@ def decode_reverse(
         raise GGUFShardError("mode raw does not lead back to the base")
     if mode != ORDERED:
         return _apply_xor(kind, mode, streams, target, lengths)
-    difference = join_planes(kind, streams, scratch("difference", target.size))
-    return add_ordered_difference(kind, target, difference, backwards=True)
+    pages = join_planes(kind, streams, np.empty_like(target))
+    return add_ordered_difference(kind, target, pages, pages, backwards=True)
 
 
 def _apply_xor(kind: ElementKind, mode: int, streams: Sequence[np.ndarray],

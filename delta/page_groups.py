@@ -14,22 +14,23 @@ from gguf import GGMLQuantizationType
 
 from delta.byte_planes import ElementKind, element_kind
 from delta.compare import RunChange, read_spans
-from delta.mode_choice import choose_modes
+from delta.compression import SLOW_LEVEL
+from delta.mode_choice import STRAY_SHARE, choose_modes
 from delta.moved_pages import numbered
 from delta.page_coding import (
     GROUP_BYTES,
+    ORDERED,
     RAW,
     SPARSE,
     XOR,
     compress_streams,
+    count_items,
     encode,
 )
-from delta.page_grid import consecutive
+from delta.page_grid import consecutive, stretches
 from delta.patch_file import BOTH, PageGroup, render_group
 from delta.source_model import SourceModel
 from forge.buffers import scratch
-
-_STRAY_SHARE = 1 / 128
 
 #: What a batch is made of: element type, and whether its pages have counterparts.
 _BatchKey = tuple[GGMLQuantizationType | None, bool]
@@ -128,7 +129,7 @@ class PageEncoder:
         if batch.is_paired:
             others = ((c.other, first, n) for c, first, n in spans if c.other is not None)
             base = read_spans(self.base, others, scratch("base", n_bytes))
-            modes = choose_modes(kind, target, base, lengths)
+            modes = choose_modes(kind, target, base, lengths, self.level >= SLOW_LEVEL)
             if self.directions == BOTH:
                 modes[modes == RAW] = XOR  # which can be undone
             _join_strays(modes, lengths)
@@ -146,17 +147,19 @@ class PageEncoder:
     ) -> tuple[PageGroup, bytes]:  # fmt: skip
         symmetric = self.directions == BOTH
         streams = encode(kind, mode, target, base, lengths, symmetric=symmetric)
-        n_edits = len(streams[-1]) if mode == SPARSE else 0
-        group = PageGroup(kind.ggml_type, mode, self.directions, pages, len(target), n_edits)
+        n_items = count_items(kind, mode, streams)
+        group = PageGroup(kind.ggml_type, mode, self.directions, pages, len(target), n_items)
         return group, render_group(group, compress_streams(streams, self.level))
 
 
 def _join_strays(modes: np.ndarray, lengths: np.ndarray) -> None:
-    """Give few pages the mode of most: they lose little, and a group of their own takes time and
-    room. Only in SPARSE could they lose much."""
+    """Give few pages the mode of most, where they do not lose much. In SPARSE, many changes do. In
+    ORDERED, what has nothing to do with the base takes four times as much: it lies scattered among
+    small steps."""
     most = int(np.bincount(modes).argmax())
     for mode in np.unique(modes).tolist():
-        few = lengths[modes == mode].sum() <= _STRAY_SHARE * lengths.sum()
+        share = STRAY_SHARE / 16 if (mode, most) == (RAW, ORDERED) else STRAY_SHARE
+        few = lengths[modes == mode].sum() <= share * lengths.sum()
         if few and most != SPARSE:
             modes[modes == mode] = most
 
@@ -165,6 +168,5 @@ def _select(data: np.ndarray, lengths: np.ndarray, chosen: np.ndarray) -> np.nda
     """The bytes of some of the pages that lie one behind the other."""
     if chosen.all():
         return data
-    ends = np.cumsum(lengths)
-    begins = ends - lengths
-    return np.concatenate([data[begins[i] : ends[i]] for i in np.flatnonzero(chosen).tolist()])
+    bounds = np.cumsum([0, *lengths])
+    return np.concatenate([data[bounds[i] : bounds[j]] for i, j in stretches(chosen)])

@@ -19,6 +19,7 @@ from delta.byte_planes import element_kind
 from delta.page_coding import (
     GROUP_BYTES,
     MODE_NAMES,
+    ORDERED,
     SPARSE,
     compress_streams,
     decompress,
@@ -26,6 +27,7 @@ from delta.page_coding import (
 )
 from delta.page_grid import MAX_RUNS
 from delta.patch_plan import MAX_PAGES, PatchPlan, parse_plan, render_plan
+from forge.buffers import scratch
 from forge.errors import GGUFShardError
 from forge.input_file import open_input, read_fully
 from forge.pages import PAGE_BYTES
@@ -64,8 +66,8 @@ class PageGroup:
         that serves the reverse alone, of that one.
     n_bytes
         Bytes of the pages together.
-    n_edits
-        Changed bytes, of a sparse group.
+    n_items
+        Changed bytes, of a sparse group; pairs of small steps, of an ordered one.
     """
 
     ggml_type: GGMLQuantizationType | None
@@ -73,12 +75,12 @@ class PageGroup:
     directions: int
     pages: np.ndarray
     n_bytes: int
-    n_edits: int = 0
+    n_items: int = 0
 
     def stream_sizes(self) -> list[int]:
         """Bytes of each stream, decompressed."""
         kind = element_kind(self.ggml_type)
-        return stream_sizes(kind, self.mode, self.n_bytes, len(self.pages), self.n_edits)
+        return stream_sizes(kind, self.mode, self.n_bytes, len(self.pages), self.n_items)
 
 
 @dataclass(frozen=True)
@@ -101,21 +103,25 @@ def render_group(group: PageGroup, streams: Sequence[bytes | memoryview]) -> byt
     gaps = np.diff(group.pages, prepend=-1) - 1
     width = next(w for w in (1, 2, 4, 8) if int(gaps.max()) < 1 << (8 * w))
     (stored,) = compress_streams([gaps.astype(f"<u{width}").view(np.uint8)], _SMALL_LEVEL)
-    body = [
+    body: list[bytes | memoryview] = [
         integer(group.mode), integer(group.directions), integer(type_number),
-        integer(len(group.pages)), integer(group.n_bytes), integer(group.n_edits), integer(width),
+        integer(len(group.pages)), integer(group.n_bytes), integer(group.n_items), integer(width),
         integer(len(stored)), bytes(stored),
     ]  # fmt: skip
     for stream in streams:
-        body += [integer(len(stream)), bytes(stream)]
-    data = b"".join(body)
-    return _GROUP.pack(len(data), xxhash.xxh3_64_intdigest(data)) + data
+        body += [integer(len(stream)), stream]
+    digest = xxhash.xxh3_64()
+    for piece in body:
+        digest.update(piece)
+    return b"".join([_GROUP.pack(sum(map(len, body)), digest.intdigest()), *body])
 
 
 class Writable(Protocol):
     """What a patch is written to; `forge.pending_file.PendingFile` is one."""
 
     def write(self, data: bytes | np.ndarray, offset: int) -> None: ...
+
+    def settle(self, end: int) -> None: ...
 
 
 class PatchWriter:
@@ -140,6 +146,7 @@ class PatchWriter:
     def write_group(self, rendered: bytes) -> None:
         """Append a group (`render_group`)."""
         self._write(rendered)
+        self._file.settle(self.n_bytes)
 
     def finish(self) -> None:
         """Write the end and the digest; the file is complete then, but not yet in its place."""
@@ -227,7 +234,7 @@ class PatchReader:
         self._parse_group(read)
         streams = []
         for size in stored.group.stream_sizes():
-            packed = read.take(read.integer("stream length", read.remaining), "stream")
+            packed = read.view(read.integer("stream length", read.remaining), "stream")
             streams.append(self._decompress(read, packed, size, "stream"))
         read.end("group")
         return streams
@@ -288,9 +295,11 @@ class PatchReader:
         if offset + len(_END) != end:
             raise self._fail(offset, "end", f"{end - offset - len(_END)} bytes too many")
 
-    def _body(self, offset: int, n_bytes: int) -> bytes:
+    def _body(self, offset: int, n_bytes: int) -> memoryview:
+        """The body of a group, good until this thread asks for another."""
         (_, expected) = _GROUP.unpack(self._read(offset - _GROUP.size, _GROUP.size))
-        data = self._read(offset, n_bytes)
+        data = scratch("group", n_bytes, offset).data
+        read_fully(self._file.fileno(), data, offset, self.path)
         if xxhash.xxh3_64_intdigest(data) != expected:
             raise self._fail(offset, "group", "its xxh3-64 is not the one written before it")
         return data
@@ -307,7 +316,7 @@ class PatchReader:
         n_bytes = read.integer("content bytes", _MAX_GROUP_CONTENT)
         if not 1 <= n_pages <= min(n_bytes, n_bytes // _LEAST_PAGE_BYTES + MAX_RUNS):
             raise read.fail("pages", f"{n_pages} of {n_bytes} bytes together")
-        n_edits = read.integer("edits", n_bytes if mode == SPARSE else 0)
+        n_items = read.integer("items", n_bytes if mode in (SPARSE, ORDERED) else 0)
         width = read.integer("width of page numbers", 8)
         if width not in (1, 2, 4, 8):
             raise read.fail("width of page numbers", f"{width} is none of 1, 2, 4, 8")
@@ -318,14 +327,16 @@ class PatchReader:
             raise read.fail("page numbers", "a page is too far away")
         pages = np.cumsum(steps.astype(np.int64) + 1) - 1
         ggml_type = None if type_id < 0 else GGMLQuantizationType(type_id)
-        group = PageGroup(ggml_type, mode, directions, pages, n_bytes, n_edits)
+        group = PageGroup(ggml_type, mode, directions, pages, n_bytes, n_items)
         try:
             group.stream_sizes()
         except GGUFShardError as error:
             raise read.fail("mode", str(error)) from None
         return group
 
-    def _decompress(self, read: ByteCursor, packed: bytes, size: int, field: str) -> np.ndarray:
+    def _decompress(
+        self, read: ByteCursor, packed: bytes | memoryview, size: int, field: str
+    ) -> np.ndarray:
         try:
             return decompress(packed, size)
         except GGUFShardError as error:

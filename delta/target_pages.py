@@ -26,7 +26,7 @@ def _first_page(piece: Piece) -> int:
 
 def _is_of_few_edits(group: PageGroup) -> bool:
     """Whether a group says what it changes in less memory than the pages take."""
-    return group.mode == SPARSE and _EDIT_BYTES * group.n_edits < group.n_bytes
+    return group.mode == SPARSE and _EDIT_BYTES * group.n_items < group.n_bytes
 
 
 class TargetPages:

@@ -309,6 +309,28 @@ def by_exponent(base: bytes, size: int, exponent_bits: int) -> list[int]:
     return sorted(range(len(patterns)), key=lambda i: exponents[i])
 
 
+def small_steps(steps: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The same steps with the low bits of the last ones taken out, and those in pairs.
+
+    The last ones are as many blocks of 65,536, counted from the end, as have at most one in 256
+    that is 16 or more; all but one if they are odd in number.
+    """
+    begin = len(steps)
+    while begin:
+        block = steps[max(begin - 65536, 0) : begin]
+        if sum(step > 15 for step in block) > len(block) / 256:
+            break
+        begin -= len(block)
+    n = (len(steps) - begin) // 2
+    kept, first, second = (
+        steps[: len(steps) - 2 * n],
+        steps[len(steps) - 2 * n :][:n],
+        steps[len(steps) - n :],
+    )
+    pairs = [low % 16 + 16 * (high % 16) for low, high in zip(first, second, strict=True)]
+    return [*kept, *(step // 16 for step in [*first, *second])], pairs
+
+
 def changed_bytes(target: bytes, base: bytes, lengths: Sequence[int]) -> list[list[int]]:
     """What a sparse group lists: changes of each page, and distance and XOR of each change."""
     counts, gaps, values = [], [], []

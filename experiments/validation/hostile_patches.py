@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as T
 
 from delta.byte_cursor import integer, signed, text
 from delta.byte_planes import element_kind
-from delta.page_coding import ORDERED, RAW, SPARSE, encode
+from delta.page_coding import ORDERED, RAW, SPARSE, count_items, encode
 from delta.page_grid import TENSOR
 from experiments.validation import gguf_factory as factory
 from experiments.validation.gguf_factory import STRING, Tensor, pair
@@ -47,13 +47,13 @@ class Group:
     n_bytes: int
     gaps: bytes
     streams: tuple[bytes, ...]
-    n_edits: int = 0
+    n_items: int = 0
     width: int = 1
     behind: bytes = b""
 
     def body(self) -> bytes:
         numbers = (self.mode, self.directions, self.type_number, self.n_pages, self.n_bytes,
-                   self.n_edits, self.width)  # fmt: skip
+                   self.n_items, self.width)  # fmt: skip
         start = b"".join(map(integer, numbers)) + _sized(self.gaps)
         return start + b"".join(map(_sized, self.streams)) + self.behind
 
@@ -221,9 +221,9 @@ def _group(mode: int, pages: Sequence[int], lengths: Sequence[int], of: Tensor, 
     streams = encode(element_kind(T(of.type_id)), mode, np.frombuffer(target, np.uint8), before,
                      np.array(lengths), symmetric=directions == BOTH)  # fmt: skip
     gaps = (np.diff(pages, prepend=-1) - 1).astype(np.uint8)
-    n_edits = len(streams[-1]) if mode == SPARSE else 0
+    n_items = count_items(element_kind(T(of.type_id)), mode, streams)
     return Group(mode, directions, of.type_id + 1, len(pages), len(target), gaps.tobytes(),
-                 tuple(stream.tobytes() for stream in streams), n_edits)  # fmt: skip
+                 tuple(stream.tobytes() for stream in streams), n_items)  # fmt: skip
 
 
 def material() -> Patch:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from delta.page_coding import RAW
+from delta.page_coding import ORDERED, RAW
 from delta.patch_file import FORWARD
 from experiments.validation import hostile_patches as hostile
 from experiments.validation.hostile_patches import (
     GIB,
     HUGE,
     MIB,
+    ORDERED_GROUP,
     RAW_GROUP,
     SPARSE_GROUP,
     Case,
@@ -167,9 +168,13 @@ GROUPS: dict[str, Case] = {
     "2^62 pages": Case(in_group(RAW_GROUP, n_pages=HUGE), "pages"),
     "2^62 bytes": Case(in_group(RAW_GROUP, n_bytes=HUGE), "content bytes"),
     "five MiB": Case(in_group(RAW_GROUP, n_bytes=5 * MIB), "content bytes"),
-    "edits of raw pages": Case(in_group(RAW_GROUP, n_edits=1), "edits"),
-    "more edits than bytes": Case(in_group(SPARSE_GROUP, n_edits=4761), "edits"),
-    "2^62 edits": Case(in_group(SPARSE_GROUP, n_edits=HUGE), "edits"),
+    "edits of raw pages": Case(in_group(RAW_GROUP, n_items=1), "items"),
+    "more edits than bytes": Case(in_group(SPARSE_GROUP, n_items=4761), "items"),
+    "2^62 edits": Case(in_group(SPARSE_GROUP, n_items=HUGE), "items"),
+    "pairs of steps of blocks": Case(in_group(SPARSE_GROUP, mode=ORDERED, n_items=1), "ordered"),
+    "a pair more than there are": Case(in_group(ORDERED_GROUP, n_items=3841), "pairs"),
+    "2^62 pairs": Case(in_group(ORDERED_GROUP, n_items=HUGE), "items"),
+    "pairs without their stream": Case(in_group(ORDERED_GROUP, n_items=1), "stream"),
     "width 0": Case(in_group(RAW_GROUP, width=0), "width"),
     "width 3": Case(in_group(RAW_GROUP, width=3), "width"),
     "width 16": Case(in_group(RAW_GROUP, width=16), "width"),

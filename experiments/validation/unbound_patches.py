@@ -28,6 +28,7 @@ from experiments.validation.hostile_patches import (
     Case,
     Change,
     D,
+    Group,
     Patch,
     copy,
     forward,
@@ -244,6 +245,13 @@ def _wide(number: int, *pages: int, **fields: object) -> Change:
     return in_group(number, width=8, gaps=struct.pack(f"<{len(gaps)}Q", *gaps), **fields)
 
 
+def _with_pairs(patch: Patch) -> Patch:
+    """Half a byte more for each of the last steps of the first group."""
+    group = patch.groups[0]
+    assert isinstance(group, Group)
+    return in_group(0, n_items=2, streams=(*group.streams, b"\x21\x43"))(patch)
+
+
 def _around(last: int) -> dict[str, object]:
     """Pages whose numbers go beyond 2^63, and come back: the last is `last`."""
     gaps = [(1 << 48) - 1] * (1 << 16) + [last]
@@ -270,12 +278,13 @@ PAGES: dict[str, Case] = {
         _wide(RAW_GROUP, C, D, n_pages=2, n_bytes=2 * 4088, mode=XOR), "counterpart"),
     "ordered, nothing to compare with": Case(in_group(RAW_GROUP, mode=ORDERED), "counterpart"),
     "ordered, of blocks": Case(
-        in_group(SPARSE_GROUP, mode=ORDERED, n_edits=0,
+        in_group(SPARSE_GROUP, mode=ORDERED, n_items=0,
                  streams=(bytes(140), bytes(140), bytes(4480))),
         "ordered"),
     "kept, and not what it should be": Case(
         lambda p: having(groups=p.groups[1:])(p), "SHA-256"),
     "changed twice by another mode": Case(in_group(ORDERED_GROUP, mode=XOR), "SHA-256"),
+    "pairs of large steps": Case(_with_pairs, "SHA-256"),
 }  # fmt: skip
 
 #: Page 0 of b.weight has the first two edits, at 5 and 4079; its last page, of 680, one at 679.
@@ -290,7 +299,7 @@ EDITS: dict[str, Case] = {
         stream(SPARSE_GROUP, lambda s: b"\xff\xff", 1), "changed bytes"),
     "of another page": Case(stream(SPARSE_GROUP, lambda s: b"\1\2"), ""),
     "other bytes": Case(stream(SPARSE_GROUP, lambda s: s[:2] + b"\x40", 4), "SHA-256"),
-    "none": Case(in_group(SPARSE_GROUP, n_edits=0, streams=(b"\0\0", b"\0\0", b"", b"", b"")),
+    "none": Case(in_group(SPARSE_GROUP, n_items=0, streams=(b"\0\0", b"\0\0", b"", b"", b"")),
                  "SHA-256"),
 }  # fmt: skip
 
@@ -307,6 +316,7 @@ BACK: dict[str, Case] = {
     "pages around 2^64": Case(in_group(0, **_around(3)), "page"),
     "pages around 2^64 and below 0": Case(in_group(0, **_around((1 << 48) - 9)), "page"),
     "raw": Case(in_group(0, mode=RAW), "both"),
+    "pairs of steps that are not sorted": Case(_with_pairs, "bytes"),
     "of blocks": Case(in_group(0, type_number=hostile.Q8_0), ""),
     "SHA-256 of another base": Case(
         lambda p: having(base_files=(hostile.record(p.target),))(p), "SHA-256"),

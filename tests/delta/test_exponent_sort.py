@@ -1,4 +1,4 @@
-"""Elements sorted by the exponents of others, whichever quarter they stand in."""
+"""Steps sorted by the exponents of the base's elements, whichever quarter they stand in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from delta.byte_planes import element_kind
-from delta.exponent_sort import sort_by_exponent
+from delta.exponent_sort import add_sorted_difference, sorted_difference
 from tests import naive
 
 T = GGMLQuantizationType
@@ -22,10 +22,11 @@ def test_sorting_is_stable_and_can_be_undone(ggml_type: T, n: int) -> None:
     rng = np.random.default_rng(n)
     base = rng.integers(0, 256, n * size, dtype=np.uint8)
     base[n // 8 * size : n // 3 * size] = 0x3C  # many of one exponent
-    content = np.arange(n, dtype=f"<u{size}").view(np.uint8)
-    result = sort_by_exponent(kind, content, base, np.empty_like(base))
-    expected = naive.by_exponent(base.tobytes(), size, exponent_bits)
+    target = rng.integers(0, 256, n * size, dtype=np.uint8)
+    steps = naive.ordered_difference(target.tobytes(), base.tobytes(), size, True)
+    expected = [steps[i] for i in naive.by_exponent(base.tobytes(), size, exponent_bits)]
+    result = sorted_difference(kind, target, base, np.empty_like(base))
     assert result.view(f"<u{size}").tolist() == expected
     np.testing.assert_array_equal(
-        sort_by_exponent(kind, result, base, np.empty_like(base), undo=True), content
+        add_sorted_difference(kind, base, result, np.empty_like(base)), target
     )

@@ -15,6 +15,7 @@ from delta.page_coding import (
     RAW,
     SPARSE,
     XOR,
+    count_items,
     decode,
     decode_reverse,
     encode,
@@ -81,8 +82,8 @@ def test_pages_come_back(ggml_type: T | None, mode: int) -> None:
         for symmetric in (False, True):
             known = None if mode == RAW else base.copy()
             streams = encode(kind, mode, target, known, lengths, symmetric=symmetric)
-            n_edits = streams[-1].size if mode == SPARSE else 0
-            sizes = stream_sizes(kind, mode, target.size, lengths.size, n_edits)
+            n_items = count_items(kind, mode, streams)
+            sizes = stream_sizes(kind, mode, target.size, lengths.size, n_items)
             assert [stream.size for stream in streams] == sizes
             assert all(stream.dtype == np.uint8 for stream in streams)
             back = decode(kind, mode, streams, known, lengths, symmetric=symmetric)
@@ -141,10 +142,13 @@ def ordered_slowly(
 ) -> list[bytes]:
     """The streams of ORDERED by the twins."""
     steps = naive.ordered_difference(target.tobytes(), base.tobytes(), size, exponent_bits > 0)
+    pairs: list[int] = []
     if is_sorted and exponent_bits:
         steps = [steps[i] for i in naive.by_exponent(base.tobytes(), size, exponent_bits)]
+        steps, pairs = naive.small_steps(steps)
     content = b"".join(step.to_bytes(size, "little") for step in steps)
-    return naive.split_planes(content, size, [(byte, 1) for byte in range(size)])
+    planes = naive.split_planes(content, size, [(byte, 1) for byte in range(size)])
+    return [*planes, bytes(pairs)] if pairs else planes
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -158,6 +162,31 @@ def test_ordered_against_its_twin(ggml_type: T, symmetric: bool) -> None:
         streams = encode(kind, ORDERED, target, base, lengths, symmetric=symmetric)
         expected = ordered_slowly(target, base, size, exponent_bits, not symmetric)
         assert [stream.tobytes() for stream in streams] == expected
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 511, 512, 513, 40_000, 70_000, 140_001])
+@pytest.mark.parametrize("ggml_type", FLOATS, ids=lambda t: t.name)
+def test_small_steps_against_their_twin(ggml_type: T, n: int) -> None:
+    """Smaller ones where the exponent is larger, and a few that are not: half a byte each."""
+    size, exponent_bits = FLOATS[ggml_type]
+    kind = element_kind(ggml_type)
+    rng = np.random.default_rng(n)
+    word = np.dtype(f"<u{size}").type
+    highs = [0, 8, 16, 0x60] if n > 65536 else [16, 0x60]
+    high = rng.choice(highs, n).astype(word)  # the first byte, with most of the exponent
+    base = (high << word(8 * size - 8)) + rng.integers(0, 99, n).astype(word)
+    steps = np.where(high < 16, rng.integers(0, 500, n), rng.integers(0, 8, n))
+    steps[500::1024] = 600
+    target = base + steps.astype(word)
+    lengths = np.full(-(-n * size // 4080), 4080)
+    lengths[-1:] -= int(lengths.sum()) - n * size
+    pages = target.view(np.uint8), base.view(np.uint8), lengths
+    streams = [stream.copy() for stream in encode(kind, ORDERED, *pages)]
+    expected = ordered_slowly(*pages[:2], size, exponent_bits, True)
+    assert [stream.tobytes() for stream in streams] == expected
+    n_pairs = {70_000: 0, 140_001: 32768}.get(n, n // 2)  # half of many are large
+    assert count_items(kind, ORDERED, streams) == n_pairs
+    np.testing.assert_array_equal(decode(kind, ORDERED, streams, *pages[1:]), pages[0])
 
 
 @pytest.mark.parametrize("n_edits", [0, 1, 2, 4088])
@@ -274,7 +303,7 @@ def test_streams_of_wrong_sizes(ggml_type: T | None, mode: int) -> None:
             with pytest.raises(GGUFShardError, match=r"streams have \[.*\] bytes, not \["):
                 decode(kind, mode, bad, base, lengths)
     for bad in (good[:-1], [*good, good[0]], []):
-        with pytest.raises(GGUFShardError, match="bytes, not"):
+        with pytest.raises(GGUFShardError, match=r"bytes, not|pairs of"):
             decode(kind, mode, bad, base, lengths)
 
 
@@ -302,6 +331,31 @@ def test_sizes_of_sparse_streams() -> None:
     for n_edits in (-1, 11):
         with pytest.raises(GGUFShardError, match=f"{n_edits} changed bytes in 10"):
             stream_sizes(kind, SPARSE, 10, 3, n_edits)
+
+
+def test_sizes_of_ordered_streams() -> None:
+    kind = element_kind(T.F16)
+    assert stream_sizes(kind, ORDERED, 10, 3, 0) == [5, 5]
+    assert stream_sizes(kind, ORDERED, 10, 3, 2) == [5, 5, 2]
+    for n_pairs in (-1, 3, 1 << 62):
+        with pytest.raises(GGUFShardError, match=f"{n_pairs} pairs of 5 steps"):
+            stream_sizes(kind, ORDERED, 10, 3, n_pairs)
+    for other, mode in ((T.I16, ORDERED), (T.F16, RAW), (T.F16, XOR)):
+        with pytest.raises(GGUFShardError, match="1 pairs of 0 steps"):
+            stream_sizes(element_kind(other), mode, 10, 3, 1)
+
+
+def test_pairs_that_cannot_be() -> None:
+    """More than there are steps, and where nothing is sorted."""
+    base, lengths = np.zeros(10, np.uint8), np.array([10])
+    streams = [np.zeros(n, np.uint8) for n in (5, 5, 3)]
+    with pytest.raises(GGUFShardError, match="3 pairs of 5 steps"):
+        decode(element_kind(T.F16), ORDERED, streams, base, lengths)
+    for ggml_type, symmetric in ((T.F16, True), (T.I16, False)):
+        with pytest.raises(GGUFShardError, match=r"\[5, 5, 2\] bytes, not \[5, 5\]"):
+            kind = element_kind(ggml_type)
+            pairs = [*streams[:2], streams[2][:2]]
+            decode(kind, ORDERED, pairs, base, lengths, symmetric=symmetric)
 
 
 @pytest.mark.parametrize(

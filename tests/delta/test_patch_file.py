@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as T
 
 from delta.compression import compress_streams
 from delta.diff import create_patch
-from delta.page_coding import MODE_NAMES, RAW, SPARSE
+from delta.page_coding import MODE_NAMES, ORDERED, RAW, SPARSE
 from delta.patch_file import (
     FORWARD,
     PageGroup,
@@ -117,7 +117,7 @@ def test_what_is_no_patch(tmp_path: Path) -> None:
 
 def group_of(pages: list[int], mode: int = RAW, directions: int = FORWARD) -> PageGroup:
     return PageGroup(
-        T.F16, mode, directions, np.array(pages), 4088 * len(pages), 3 * (mode == SPARSE)
+        T.F16, mode, directions, np.array(pages), 4088 * len(pages), 3 * (mode in (SPARSE, ORDERED))
     )
 
 
@@ -141,7 +141,7 @@ def test_groups_come_back(tmp_path: Path, pages: list[int], mode: int) -> None:
         found = stored.group
         assert (found.ggml_type, found.mode, found.directions) == (T.F16, mode, FORWARD)
         assert found.pages.tolist() == pages and found.pages.dtype == np.int64
-        assert (found.n_bytes, found.n_edits) == (group.n_bytes, group.n_edits)
+        assert (found.n_bytes, found.n_items) == (group.n_bytes, group.n_items)
         for stream_found, expected in zip(patch.streams(stored), streams, strict=True):
             assert np.array_equal(stream_found, expected)
 
