@@ -6,14 +6,18 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 from delta.bound_patch import BoundPatch
+from delta.decode_ahead import DecodedAhead
 from delta.page_sink import PageSink
 from delta.patch_file import PatchReader
 from delta.rehearsal import Rehearsal
 from delta.source_model import SourceModel, require
-from delta.target_builder import TargetBuilder
+from delta.target_builder import TargetBuilder, groups_in_order
 from forge.progress import progress_bar
+
+Result = TypeVar("Result")
 
 
 class CheckedPatch(BoundPatch):
@@ -49,12 +53,14 @@ class CheckedPatch(BoundPatch):
         except Exception:
             require(base, sizes, sha256, role, advance)  # of another base anything may be wrong
             raise
-        if not Rehearsal.is_worthwhile(self):
-            require(base, sizes, sha256, role, advance)
-            return
-        with _beside(Rehearsal(self)) as rehearsed:
-            require(base, sizes, sha256, role, advance)
-            self._rehearsal = rehearsed.result()
+        self._ahead = DecodedAhead(self, groups_in_order(self))
+        if Rehearsal.is_worthwhile(self):
+            with _beside(Rehearsal(self).run) as rehearsed:
+                require(base, sizes, sha256, role, advance)
+                self._rehearsal = rehearsed.result()
+        else:
+            with _beside(self._ahead.run):
+                require(base, sizes, sha256, role, advance)
 
     def build(self, sink: PageSink, advance: Callable[[int], None]) -> None:
         """Put every byte of the target, and check what that has made.
@@ -75,15 +81,15 @@ class CheckedPatch(BoundPatch):
         if self._rehearsal is not None:
             self._rehearsal.perform(sink, advance)
         else:
-            TargetBuilder(self, sink, advance).build()
+            TargetBuilder(self, sink, advance, self._ahead).build()
 
 
 @contextmanager
-def _beside(rehearsal: Rehearsal) -> Iterator[Future[Rehearsal]]:
-    """Run a rehearsal on a thread of its own; whoever leaves before it ends, ends it."""
+def _beside(work: Callable[[threading.Event], Result]) -> Iterator[Future[Result]]:
+    """Run something on a thread of its own; whoever leaves before it ends, ends it."""
     stop = threading.Event()
     with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(rehearsal.run, stop)
+        future = thread.submit(work, stop)
         try:
             yield future
         finally:

@@ -4,8 +4,8 @@ A target's SHA-256 takes as long as the base's, and neither can be split over th
 is made and hashed while the base is. Then it is written, and what was written is held against fast
 digests of what had been made: by several threads, piece by piece.
 
-What is stored in the patch stays decoded in the meantime. Where that is too much, or where the
-base need not be hashed at all, targets are made and hashed as they are written
+What is stored in the patch stays decoded in the meantime. Where that is much, or where the base
+need not be hashed at all, targets are made and hashed as they are written
 (`delta.target_builder`).
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from delta.bound_patch import KEPT, BoundPatch
+from delta.bound_patch import KEPT, BoundPatch, total_bytes
 from delta.compare import chunks
 from delta.page_grid import n_paired, stretches
 from delta.page_sink import PageSink
@@ -32,6 +32,9 @@ from forge.info import printable
 from forge.pipeline import in_order
 
 _MOST_STORED_BYTES = 72 << 20
+#: Of a target of which a larger share is stored, and more than a little, it is the decoding that
+#: takes long, and putting it together twice is the dearer way.
+_MOST_STORED_SHARE, _FEW_STORED_BYTES = 1 / 2, 8 << 20
 _STRETCH_BYTES = 4 << 20
 _DECODERS, _WRITERS = 2, 2
 _IN_FLIGHT = 4
@@ -66,7 +69,9 @@ class Rehearsal:
     def is_worthwhile(bound: BoundPatch) -> bool:
         """Whether a target can be rehearsed, and time is saved by it."""
         stored = sum(stored.group.n_bytes for stored in bound.groups)
-        return stored <= _MOST_STORED_BYTES and not isinstance(bound.base, ShardedSource)
+        most = max(_FEW_STORED_BYTES, int(_MOST_STORED_SHARE * total_bytes(bound.files)))
+        is_much = stored > min(most, _MOST_STORED_BYTES)
+        return not is_much and not isinstance(bound.base, ShardedSource)
 
     def run(self, stop: threading.Event) -> Rehearsal:
         """Make the target, and hold it against the digests that the patch names.

@@ -20,6 +20,7 @@ import numpy as np
 
 from delta.bound_patch import COPIED, KEPT, BoundPatch
 from delta.compare import chunks, read_pages
+from delta.decode_ahead import DecodedAhead
 from delta.page_grid import n_paired, stretches
 from delta.page_sink import PageSink
 from forge.buffers import ReadBuffer
@@ -53,6 +54,11 @@ def _steps(bound: BoundPatch) -> Iterator[_Step]:
             yield _Step(-1, index, first, count)
 
 
+def groups_in_order(bound: BoundPatch) -> Iterator[int]:
+    """All groups, in the order in which a `TargetBuilder` decodes them."""
+    return (step.group for step in _steps(bound) if step.group >= 0)
+
+
 class _Workers:
     """Threads for steps: with as many for carrying pages over as for decoding, they would take the
     time of hashing, for which everything waits where little has changed."""
@@ -76,10 +82,16 @@ class TargetBuilder:
         Where to.
     advance
         Called with the bytes of the target that are complete and hashed.
+    ahead
+        What has been decoded of the groups.
     """
 
-    def __init__(self, bound: BoundPatch, sink: PageSink, advance: Callable[[int], None]) -> None:
+    def __init__(
+        self, bound: BoundPatch, sink: PageSink, advance: Callable[[int], None],
+        ahead: DecodedAhead,
+    ) -> None:  # fmt: skip
         self.bound = bound
+        self.ahead = ahead
         self.sink = sink
         self.advance = advance
 
@@ -112,7 +124,7 @@ class TargetBuilder:
         if step.group < 0:
             self._keep(step)
         else:
-            for piece in self.bound.decode(self.bound.groups[step.group]):
+            for piece in self.ahead.take(step.group):
                 self.sink.put(piece.run, piece.first_page, piece.data)
         return step
 

@@ -248,6 +248,12 @@ def test_what_is_rehearsed(
         assert _is_worthwhile(plain, patch)
         monkeypatch.setattr("delta.rehearsal._MOST_STORED_BYTES", stored - 1)
         assert not _is_worthwhile(plain, patch)
+        monkeypatch.setattr("delta.rehearsal._MOST_STORED_BYTES", 1 << 40)
+        monkeypatch.setattr("delta.rehearsal._FEW_STORED_BYTES", stored - 1)
+        share = stored / plain.n_bytes  # as large as the target
+        for most, is_worthwhile in ((share * 1.001, True), (share * 0.999, False)):
+            monkeypatch.setattr("delta.rehearsal._MOST_STORED_SHARE", most)
+            assert _is_worthwhile(plain, patch) == is_worthwhile
 
 
 def test_who_does_not_wait_ends_it(pair: Sequence[Path], monkeypatch: pytest.MonkeyPatch) -> None:
