@@ -31,12 +31,21 @@ def _has_device() -> bool:
     return cuda_is_usable() and CudaTarget.name == "cuda"
 
 
+#: Not traced where coverage is measured, which would take longer than the tests: they use what
+#: others test. (Single tests that do one thing a thousand times are marked where they stand.)
+_NOT_TRACED = (
+    "tests/experiments", "tests/test_reference.py", "tests/delta/test_kills.py",
+)  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where there is a device, what runs kernels is among what `-m gpu` selects."""
     for item in items:
         if _has_device() and item.get_closest_marker("cuda") is not None:
             item.add_marker("gpu")
+        if any(item.path.is_relative_to(_PROJECT_ROOT / path) for path in _NOT_TRACED):
+            item.add_marker("no_cover")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

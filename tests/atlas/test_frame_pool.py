@@ -208,6 +208,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.swapper.in_flight == self.swapper.n_waiting == 0
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("pool_class", [FramePool, PinnedFramePool])
 def test_pool_does_what_a_dictionary_does(
     pool_class: type[FramePool], model: ShardedModel, monkeypatch: pytest.MonkeyPatch

@@ -180,6 +180,7 @@ def _run(model: LlamaModel, n_tokens: int = 4) -> list[bytes]:
     return [row.tobytes() for row in logits]
 
 
+@pytest.mark.no_cover
 @needs_compiler
 @pytest.mark.parametrize(
     "name", ["dense F32", "dense Q4_0", "dense Q4_K", "experts F32", "tied", "attention biases"]

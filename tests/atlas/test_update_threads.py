@@ -82,6 +82,7 @@ def test_generating_ends_with_the_version_it_began_with(
         assert answer(model) == editions.answer(editions.new, target)
 
 
+@pytest.mark.no_cover
 def test_many_updates_under_a_thread_that_generates(target: Target, editions: Editions) -> None:
     """Whole answers of one version, or the clear error behind a part of one; both come up."""
     maps = [editions.old, editions.new]

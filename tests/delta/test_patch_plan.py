@@ -118,6 +118,7 @@ def test_plans_come_back(plan: PatchPlan) -> None:
     )
 
 
+@pytest.mark.no_cover
 @given(plans(), st.data())
 def test_part_of_a_plan_is_none(plan: PatchPlan, data: st.DataObject) -> None:
     rendered = render_plan(plan)
@@ -128,6 +129,7 @@ def test_part_of_a_plan_is_none(plan: PatchPlan, data: st.DataObject) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.no_cover
 @given(plans(), st.data())
 def test_any_other_byte_makes_a_plan_or_none(plan: PatchPlan, data: st.DataObject) -> None:
     rendered = bytearray(render_plan(plan))

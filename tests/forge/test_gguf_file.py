@@ -63,6 +63,7 @@ def test_reads_real_models_as_the_gguf_package_does(models: Path) -> None:
         assert_read_alike(path)
 
 
+@pytest.mark.no_cover
 def test_reads_vocabularies(models: Path) -> None:
     """All of them, but only the smallest beside the `gguf` package: it takes 5 s for the others."""
     by_size = sorted((models / "vocab").glob("*.gguf"), key=lambda path: path.stat().st_size)
@@ -254,6 +255,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
             assert header.file_bytes == len(start + data)
 
 
+@pytest.mark.no_cover
 @settings(max_examples=300)
 @given(st.data())
 def test_any_damage_to_a_header_is_read_or_refused(data: st.DataObject) -> None:

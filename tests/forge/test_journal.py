@@ -83,6 +83,7 @@ OFFSETS = st.integers(0, 130)
 RECORDS = st.lists(st.tuples(st.integers(0, 1), OFFSETS, st.binary(max_size=40)), max_size=12)
 
 
+@pytest.mark.no_cover
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     old=st.lists(st.binary(max_size=130), min_size=2, max_size=2),

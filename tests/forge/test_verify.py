@@ -78,6 +78,7 @@ def assert_fault_names(place: str, offset: int, faults: list[Fault]) -> None:
         assert fault.page is None and f"{place}: byte {offset} is 0x" in fault.reason
 
 
+@pytest.mark.no_cover
 def test_a_flipped_bit_of_the_pages_file_is_found(sharded: Path, pages: Path) -> None:
     """Every byte of headers, tags and table, and every 61st of contents and padding."""
     assert verify_model(sharded).ok
@@ -102,6 +103,7 @@ def test_any_flipped_bit_of_the_pages_file_is_found(
     assert_fault_names(place_of(offset, load_map(sharded).n_pages), offset, faults)
 
 
+@pytest.mark.no_cover
 def test_every_flipped_bit_of_the_map_is_found(sharded: Path) -> None:
     """By its reader, or, in the digests of the pages, beside these."""
     data = bytearray(sharded.read_bytes())

@@ -41,6 +41,7 @@ from tests.repair_factory import (
 # ---- damage ----
 
 
+@pytest.mark.no_cover
 def test_a_flipped_bit_is_named_and_mended(sharded: Path, pages: Path, model: Path) -> None:
     """Anywhere: header, content, tag, table, padding."""
     good = pages.read_bytes()
