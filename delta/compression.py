@@ -68,7 +68,7 @@ def _decompressor() -> zstandard.ZstdDecompressor:
 
 
 def _on_trial(stream: np.ndarray, level: int) -> list[memoryview]:
-    """What ways to compress a stream are tried on: pieces from all over it, or all of it."""
+    """What ways to compress a stream are tried on: its begin and its end, or all of it."""
     if level >= SLOW_LEVEL or stream.size <= _TRIAL_PIECES * _TRIAL_BYTES:
         return [stream.data]
     starts = np.linspace(0, stream.size - _TRIAL_BYTES, _TRIAL_PIECES).astype(np.int64)

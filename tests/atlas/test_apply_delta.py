@@ -17,6 +17,7 @@ import pytest
 import xxhash
 from numba import config
 
+from atlas import live_update
 from atlas.infer.generate import generate
 from atlas.infer.model import LlamaModel
 from atlas.infer.sampling import Sampler
@@ -122,6 +123,20 @@ def test_a_bad_page_leaves_the_base_answering(scene: Scene, target: Target, tmp_
             assert "\n" not in str(refused.value)
             assert answer(model) == old
     assert {path: path.read_bytes() for path in scene.map.parent.iterdir()} == before
+
+
+def test_memory_is_given_back(
+    scene: Scene, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the patch was any good or not."""
+    forgotten: list[bool] = []
+    monkeypatch.setattr(live_update, "forget_scratch", lambda: forgotten.append(True))
+    with running(scene.map, "100%", target) as model:
+        with pytest.raises(GGUFShardError):
+            model.atlas.apply_delta(bad_page(scene.patch, tmp_path / "sealed"))
+        assert len(forgotten) == 1
+        model.atlas.apply_delta(scene.patch)
+    assert len(forgotten) == 2
 
 
 def test_another_models_patch(scene: Scene, target: Target, tmp_path: Path) -> None:

@@ -146,6 +146,24 @@ def test_groups_come_back(tmp_path: Path, pages: list[int], mode: int) -> None:
             assert np.array_equal(stream_found, expected)
 
 
+def test_streams_stay_as_they_are_while_others_are_read(tmp_path: Path) -> None:
+    """Those that are not compressed, too."""
+    groups = [group_of([page]) for page in (0, 1)]
+    streams = [
+        [np.random.default_rng(seed).integers(0, 256, n).astype(np.uint8) for n in g.stream_sizes()]
+        for seed, g in enumerate(groups)
+    ]
+    rendered = [
+        render_group(g, [s.data for s in own]) for g, own in zip(groups, streams, strict=True)
+    ]
+    data = hostile.sealed(head_and_plan(material()) + b"".join(rendered) + bytes(4))
+    (tmp_path / "p").write_bytes(data)
+    with PatchReader(tmp_path / "p") as patch:
+        found = [patch.streams(stored) for stored in patch.groups]
+        for own, expected in zip(found, streams, strict=True):
+            assert [s.tolist() for s in own] == [s.tolist() for s in expected]
+
+
 def head_and_plan(patch: Patch) -> bytes:
     return having(groups=(), end=b"")(patch).data()[:-32]
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from delta.apply import apply_patch
 from delta.apply_in_place import update_in_place
 from delta.diff import MAX_LEVEL, create_patch
+from delta.page_grid import TENSOR, model_runs
+from delta.source_model import open_source
 from experiments.delta_cases import DELTA, GENERATED, write_base, write_target
 from forge.shard import shard_model
 
@@ -68,5 +71,24 @@ def test_generated_pairs(tmp_path: Path, case: str, share: float) -> None:
     write_target(case, base, target, DELTA["S"], 0)
     create_patch(base, target, tmp_path / "p")
     assert (tmp_path / "p").stat().st_size <= share * target.stat().st_size + 1000
+    apply_patch(base, tmp_path / "p", tmp_path / "made.gguf")
+    assert sha256(tmp_path / "made.gguf") == sha256(target)
+
+
+def test_pages_of_other_content_among_small_steps(tmp_path: Path) -> None:
+    """They take their own size, not what they would scattered among the steps of the others."""
+    base, target = tmp_path / "base.gguf", tmp_path / "target.gguf"
+    write_base(base, DELTA["S"], 0)
+    write_target("noise", base, target, DELTA["S"], 0)
+    alone = create_patch(base, target, tmp_path / "p").n_bytes
+    data = bytearray(target.read_bytes())
+    with open_source(target) as model:
+        tensors = [run for run in model_runs(model.headers) if run.kind == TENSOR]
+    others = [tensors[i].span(page, 1) for i, page in ((2, 3), (11, 20), (30, 1))]
+    for offset, n_bytes in others:
+        data[offset : offset + n_bytes] = np.random.default_rng(offset).bytes(n_bytes)
+    target.write_bytes(data)
+    facts = create_patch(base, target, tmp_path / "p", force=True)
+    assert facts.n_bytes < alone + 1.02 * sum(n_bytes for _, n_bytes in others) + 300
     apply_patch(base, tmp_path / "p", tmp_path / "made.gguf")
     assert sha256(tmp_path / "made.gguf") == sha256(target)

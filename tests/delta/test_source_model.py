@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +41,29 @@ def test_hash_of_many_pieces(
             assert hashed.sha256() == expected
 
 
-def test_what_was_read_last_is_good_while_it_is_hashed(model: Path) -> None:
-    """Memory is used again, but not before its bytes are hashed, nor under the reader's hands."""
+def test_memory_is_used_again_once_its_bytes_are_hashed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not under the hands of the reader, who may hold a piece while he reads others."""
     content = model.read_bytes()
+    hash_piece = HashedReads._hash
+
+    def slowly(hashed: HashedReads, part: int, offset: int, data: np.ndarray) -> None:
+        time.sleep(0.001)
+        hash_piece(hashed, part, offset, data)
+
+    monkeypatch.setattr(HashedReads, "_hash", slowly)
     expected = (hashlib.sha256(content).hexdigest(),)
     with (
         open_source(model) as source,
         HashedReads(source, "one") as one,
         HashedReads(source, "other") as other,
     ):
+        last = {one: b"", other: b""}
+        held = {one: np.zeros(0, np.uint8), other: np.zeros(0, np.uint8)}
         for offset in range(0, len(content) - 99, 99):
-            pieces = [hashed.read(0, offset, 99) for hashed in (one, other, one)]
-            assert {piece.tobytes() for piece in pieces} == {content[offset : offset + 99]}
+            for hashed in (one, other):
+                piece = hashed.read(0, offset, 99)
+                assert held[hashed].tobytes() == last[hashed]
+                held[hashed], last[hashed] = piece, content[offset : offset + 99]
         assert one.sha256() == other.sha256() == expected
