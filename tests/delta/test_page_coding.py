@@ -175,7 +175,7 @@ def test_small_steps_against_their_twin(ggml_type: T, n: int) -> None:
     highs = [0, 8, 16, 0x60] if n > 65536 else [16, 0x60]
     high = rng.choice(highs, n).astype(word)  # the first byte, with most of the exponent
     base = (high << word(8 * size - 8)) + rng.integers(0, 99, n).astype(word)
-    steps = np.where(high < 16, rng.integers(0, 500, n), rng.integers(0, 8, n))
+    steps = np.where(high < 16, rng.integers(-500, 500, n), rng.integers(-8, 8, n))
     steps[500::1024] = 600
     target = base + steps.astype(word)
     lengths = np.full(-(-n * size // 4080), 4080)

@@ -42,10 +42,12 @@ def test_hash_of_many_pieces(
 
 
 def test_memory_is_used_again_once_its_bytes_are_hashed(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not under the hands of the reader, who may hold a piece while he reads others."""
-    content = model.read_bytes()
+    tensors = [factory.tensor("a", T.F16, (250_000,))]
+    path = factory.write(tmp_path / "model.gguf", factory.gguf(tensors))
+    content = path.read_bytes()
     hash_piece = HashedReads._hash
 
     def slowly(hashed: HashedReads, part: int, offset: int, data: np.ndarray) -> None:
@@ -53,17 +55,18 @@ def test_memory_is_used_again_once_its_bytes_are_hashed(
         hash_piece(hashed, part, offset, data)
 
     monkeypatch.setattr(HashedReads, "_hash", slowly)
-    expected = (hashlib.sha256(content).hexdigest(),)
+    offsets = range(0, len(content) - 8192, 8192)
     with (
-        open_source(model) as source,
+        open_source(path) as source,
         HashedReads(source, "one") as one,
         HashedReads(source, "other") as other,
     ):
-        last = {one: b"", other: b""}
-        held = {one: np.zeros(0, np.uint8), other: np.zeros(0, np.uint8)}
-        for offset in range(0, len(content) - 99, 99):
-            for hashed in (one, other):
-                piece = hashed.read(0, offset, 99)
-                assert held[hashed].tobytes() == last[hashed]
-                held[hashed], last[hashed] = piece, content[offset : offset + 99]
-        assert one.sha256() == other.sha256() == expected
+        last = [(np.zeros(0, np.uint8), b"")] * 2
+        for offset, back in zip(offsets, reversed(offsets), strict=True):
+            for hashed, place in ((one, offset), (other, back)):
+                piece = hashed.read(0, place, 8192)
+                for held, expected in last:
+                    assert held.tobytes() == expected
+                last = [last[1], (piece, content[place : place + 8192])]
+        digest = (hashlib.sha256(content).hexdigest(),)
+        assert one.sha256() == digest == other.sha256()
