@@ -18,8 +18,6 @@ only those of the others that have changed more or less than all of them.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 
 from delta.byte_planes import ElementKind, check_pages, difference_loop
@@ -46,8 +44,7 @@ _ORDERED_COST = 0.95
 #: And SPARSE for this, for what the Huffman codes of its streams lose.
 _SPARSE_COST = 1.05
 
-#: One page of so many is asked at first, at random lest patterns of pages be met, where there are
-#: as many as can speak for all.
+#: One page of so many is asked at first, where there are as many as can speak for all.
 _PAGES_PER_VOTE, _FEWEST_VOTES = 8, 64
 
 #: Of the others one byte of so many is looked at, to see whether they have changed as much.
@@ -240,7 +237,7 @@ def choose_modes(
             modes,
         )  # fmt: skip
 
-    voters = _voters(lengths.size)
+    voters = np.arange(_PAGES_PER_VOTE // 2, lengths.size, _PAGES_PER_VOTE)
     ask(voters)
     most = int(np.bincount(modes[voters], minlength=1).argmax())
     agree = voters[modes[voters] == most]
@@ -256,11 +253,3 @@ def choose_modes(
         margin = (largest - least) // 2
         ask(others[(bits[others] < least - margin) | (bits[others] > largest + margin)])
     return modes
-
-
-@lru_cache(maxsize=8)  # batches are mostly of one length
-def _voters(n_pages: int) -> np.ndarray:
-    """The pages that are asked at first: int64, ascending, the same each time."""
-    n = n_pages // _PAGES_PER_VOTE
-    within = np.random.default_rng(n).integers(0, _PAGES_PER_VOTE, n)
-    return np.arange(n) * _PAGES_PER_VOTE + within

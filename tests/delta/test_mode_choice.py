@@ -203,6 +203,18 @@ def test_pages_of_one_mind_are_not_all_asked(
     assert len(asked) == 1024 if ask_all or n_others > 3 else 128 <= len(asked) < 200
 
 
+@pytest.mark.parametrize("first", [0, 4])
+def test_a_pattern_of_pages_is_seen(first: int) -> None:
+    """Every eighth page is another: those that are asked at first, or none of them."""
+    kind, lengths = element_kind(T.BF16), np.full(1024, 4088)
+    target, base, _ = pages_of_two_minds(0)
+    pages = target.reshape(1024, -1)
+    pages[first::8] = np.random.default_rng(9).integers(0, 256, pages[first::8].shape)
+    modes = choose_modes(kind, target, base, lengths, ask_all=False)
+    assert np.flatnonzero(modes == RAW).tolist() == list(range(first, 1024, 8))
+    assert set(modes.tolist()) == {RAW, ORDERED}
+
+
 @pytest.mark.parametrize("n_pages", [256, 511, 512, 1024])
 def test_pages_with_few_changes_are_all_asked(n_pages: int) -> None:
     """Whoever has few changes does not decide for those who have many."""
