@@ -9,7 +9,6 @@ from atlas.ops.crc32_tables import TABLE_WORDS
 from atlas.ops.swap_state import swap_state_bytes
 from atlas.swap import N_LANES, lane_bytes
 from atlas.swap_queue import LIST_BYTES
-from atlas.target import ARGUMENT_BYTES
 from forge.pages import PAGE_BYTES
 from forge.sgmap import ShardMap
 from forge.sizes import Size, format_bytes
@@ -88,5 +87,5 @@ def cache_cost_bytes(shard_map: ShardMap, on_device: bool) -> tuple[int, int]:
         return fixed + _SCRATCH_BYTES, frame_cost_bytes(shard_map.shard_shift)
     state = swap_state_bytes(n_shards, 0)
     # Beside that: the published table, numbers and host addresses of shards, the CRCs, and tables.
-    fixed = state + n_shards * (4 + 4 + 8) + n_pages * 4 + ARGUMENT_BYTES + TABLE_WORDS * 4
+    fixed = state + n_shards * (4 + 4 + 8) + n_pages * 4 + TABLE_WORDS * 4
     return fixed + LIST_BYTES + _SCRATCH_BYTES, shard_bytes + swap_state_bytes(n_shards, 1) - state

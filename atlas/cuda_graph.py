@@ -2,8 +2,8 @@
 
 Launching a kernel costs the host microseconds, and a decode pass of a small model is hundreds of
 kernels of a few microseconds each. What is captured is replayed as it was, arguments included: so a
-pass may be captured once everything in it is in place, compiled, with its arguments on the device
-(`Target.argument_block`), and nothing in it depends on the host.
+pass may be captured once everything in it is in place, all kernels are compiled, and nothing in it
+depends on the host.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class CudaGraph:
     def __init__(self, target: CudaTarget, work: Callable[[], None]) -> None:
         try:
             # Memory that becomes garbage meanwhile is freed later: freeing ends a capture.
-            with cuda.defer_cleanup(), target.frozen_arguments():
+            with cuda.defer_cleanup():
                 self._replay = (_record if config.ENABLE_CUDASIM else _capture)(target, work)
         except Exception as error:  # of several layers, none of which says what it raises
             raise GraphUnavailableError(f"capture failed: {error}") from error

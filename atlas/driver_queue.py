@@ -2,7 +2,8 @@
 
 At every launch Numba looks at the types of the arguments, finds the kernel compiled for them, and
 describes the grid anew: 26 us; this way it is 9 us in all (seen beside an H100). A kernel here
-takes one word (`atlas.ops.kernel`), so it is compiled once, and what it is launched with is kept.
+takes 64-bit words (`atlas.ops.kernel`), so it is compiled once, and what it is launched with is
+written as it is.
 Numba's copies take 100 us, most of it for views of the arrays that it makes.
 """
 
@@ -10,13 +11,30 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
-from numba import cuda, types
+from numba import cuda
 from numba.cuda.cudadrv.driver import CudaAPIError
 
-ENTRY_TYPES = (types.int64,)
-"""What an entry is compiled for: what Numba takes an address for."""
+#: Blocks of a launch, in one dimension or two.
+Grid = int | tuple[int, int]
+
+
+class Launchable(Protocol):
+    """What is launched of a kernel (`atlas.ops.kernel.Kernel`).
+
+    Attributes
+    ----------
+    name
+        For errors.
+    entry, entry_types
+        What is compiled, and for which types: an int64 for each word.
+    """
+
+    name: str
+    entry: Any
+    entry_types: tuple[Any, ...]
 
 
 class DriverQueue:
@@ -33,32 +51,46 @@ class DriverQueue:
         self._functions: dict[Any, Any] = {}
         self._thread = threading.local()
 
-    def launch(self, entry: Any, blocks: int, threads: int, stream: Any, block: int) -> None:
-        """Queue an entry (`Kernel.entry`) on a grid of `blocks` times `threads`.
+    def launch(
+        self, kernel: Launchable, blocks: Grid, threads: int, stream: Any, words: Sequence[int]
+    ) -> None:
+        """Queue a kernel on a grid of `blocks` times `threads`.
 
         Parameters
         ----------
-        block
-            Address of its arguments.
+        words
+            Its arguments, each within 0 to 2^64 - 1.
 
         Raises
         ------
         CudaAPIError
             If the driver refuses.
         """
-        if entry not in self._functions:
-            self._functions[entry] = self._find_function(entry)
-        function = self._functions[entry]
+        if kernel not in self._functions:
+            self._functions[kernel] = self._find_function(kernel)
+        function = self._functions[kernel]
         if function is None:
-            entry[blocks, threads, stream](block)
+            kernel.entry[blocks, threads, stream](*(ctypes.c_int64(word).value for word in words))
             return
         self._enter_context()
-        word = ctypes.c_int64(block)
-        parameters = ctypes.c_void_p(ctypes.addressof(word))  # an array of one pointer
+        grid = blocks if isinstance(blocks, tuple) else (blocks, 1)
         (status,) = self._driver.cuLaunchKernel(
-            function, blocks, 1, 1, threads, 1, 1, 0, int(stream), ctypes.addressof(parameters), 0
+            function, *grid, 1, threads, 1, 1, 0, int(stream), self._parameters(words), 0
         )
-        _require(status, f"launch of {entry.__name__}")
+        _require(status, f"launch of {kernel.name}")
+
+    def _parameters(self, words: Sequence[int]) -> int:
+        """Address of an array of pointers to the words, good until this thread's next launch: the
+        driver has copied them when it returns."""
+        n = len(words)
+        kept = self._thread.__dict__.setdefault("parameters", {})
+        if n not in kept:
+            memory = (ctypes.c_uint64 * n)()
+            first = ctypes.addressof(memory)
+            kept[n] = memory, (ctypes.c_uint64 * n)(*range(first, first + 8 * n, 8))
+        memory, pointers = kept[n]
+        memory[:] = words
+        return ctypes.addressof(pointers)
 
     def copy(self, to: int, source: int, n_bytes: int, stream: Any) -> None:
         """Queue a copy between two addresses, on the device or the host.
@@ -76,9 +108,9 @@ class DriverQueue:
         if not hasattr(self._thread, "context"):
             self._thread.context = cuda.current_context()  # becomes this thread's
 
-    def _find_function(self, entry: Any) -> Any:
-        """The driver's handle of an entry, compiled and loaded; None if Numba does not say."""
-        compiled = entry.compile(ENTRY_TYPES)
+    def _find_function(self, kernel: Launchable) -> Any:
+        """The driver's handle of a kernel, compiled and loaded; None if Numba does not say."""
+        compiled = kernel.entry.compile(kernel.entry_types)
         try:  # nothing public leads there
             handle = compiled._codelibrary.get_cufunc().handle
         except AttributeError:
@@ -89,9 +121,11 @@ class DriverQueue:
 class SimulatorQueue:
     """The simulator's twin: everything is done at once, and all memory is the host's."""
 
-    def launch(self, entry: Any, blocks: int, threads: int, stream: Any, block: int) -> None:
-        """Run an entry."""
-        entry[blocks, threads, stream](block)
+    def launch(
+        self, kernel: Launchable, blocks: Grid, threads: int, stream: Any, words: Sequence[int]
+    ) -> None:
+        """Run a kernel."""
+        kernel.entry[blocks, threads, stream](*words)
 
     def copy(self, to: int, source: int, n_bytes: int, stream: Any) -> None:
         """Copy."""

@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,14 +21,10 @@ import numpy as np
 from numba import config, cuda, get_num_threads, set_num_threads
 from numba.cuda.cudadrv.driver import CudaAPIError
 
-from atlas.driver_queue import DriverQueue, SimulatorQueue
+from atlas.driver_queue import DriverQueue, Grid, Launchable, SimulatorQueue
 from atlas.pinned import MappedArray
 from forge.errors import GGUFShardError
 
-#: Device memory for the arguments of kernels. A pass should find its own where the last one put
-#: them: 4 MiB hold those of 64,000 shards, by eights, a swap and a product for each eight.
-ARGUMENT_BYTES = (64 << 10) if config.ENABLE_CUDASIM else (4 << 20)
-_BLOCK_WORDS = 16  # of 8 bytes: a line of the GPU's caches
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
 # GNU OpenMP's threads spin for milliseconds at the end of every parallel loop. Where other work
@@ -115,12 +111,10 @@ class Target:
         """Where an array lies."""
         raise NotImplementedError
 
-    def argument_block(self, words: tuple[int, ...]) -> int:
-        """Address of a block of device memory that holds these 64-bit words."""
-        raise TypeError(f"kernels run on a CUDA target, not on {self.name}")
-
-    def launch(self, entry: Any, blocks: int, threads: int, stream: Any, block: int) -> None:
-        """Queue a compiled kernel whose arguments are a block."""
+    def launch(
+        self, kernel: Launchable, blocks: Grid, threads: int, stream: Any, words: Sequence[int]
+    ) -> None:
+        """Queue a kernel whose arguments are these 64-bit words."""
         raise TypeError(f"kernels run on a CUDA target, not on {self.name}")
 
     def mapped(self, n: int, dtype: Any) -> MappedArray:
@@ -183,9 +177,6 @@ class CudaTarget(Target):
         they raise if it must not.
     n_launches
         Kernels launched so far, one by one.
-    n_argument_generations
-        How often blocks of arguments have been written anew; graphs of an earlier generation are
-        void.
     has_tensor_cores
         Whether products of several tokens may run on tensor cores, with operands of 16 bits.
     """
@@ -201,12 +192,7 @@ class CudaTarget(Target):
         self.stream = cuda.stream()
         self.guards: list[Callable[[], None]] = []
         self.has_tensor_cores = not config.ENABLE_CUDASIM and _capability() >= (8, 0)
-        self._arguments: Any = None
-        self._blocks: dict[tuple[int, ...], int] = {}
-        self._n_words = 0
-        self._is_frozen = False
         self._recorded: list[Callable[[], None]] | None = None
-        self.n_argument_generations = 1
         self.n_launches = 0
         self._queue = _queue()
 
@@ -260,30 +246,11 @@ class CudaTarget(Target):
     def mapped(self, n: int, dtype: Any) -> MappedArray:
         return MappedArray(n, np.dtype(dtype))
 
-    def argument_block(self, words: tuple[int, ...]) -> int:
-        # Written once, and kept until the room for blocks is full. Blocks share no cache line: what
-        # runs may hold the line of its own while the next one is written.
-        address = self._blocks.get(words)
-        if address is not None:
-            return address
-        if self._is_frozen:
-            raise RuntimeError("arguments that are not on the device yet")
-        if self._arguments is None:
-            self._arguments = self.empty(ARGUMENT_BYTES // 8, np.uint64)
-        if self._n_words + len(words) > self._arguments.size:
-            self.synchronize()  # kernels that are queued still want the old ones
-            self.n_argument_generations += 1
-            self._blocks.clear()
-            self._n_words = 0
-        place = self._arguments[self._n_words : self._n_words + len(words)]
-        self.write(place, np.array(words, np.uint64))
-        address = self._blocks[words] = self.address(place)
-        self._n_words += -(-len(words) // _BLOCK_WORDS) * _BLOCK_WORDS
-        return address
-
-    def launch(self, entry: Any, blocks: int, threads: int, stream: Any, block: int) -> None:
+    def launch(
+        self, kernel: Launchable, blocks: Grid, threads: int, stream: Any, words: Sequence[int]
+    ) -> None:
         self.n_launches += 1
-        queue_it = partial(self._queue.launch, entry, blocks, threads, stream, block)
+        queue_it = partial(self._queue.launch, kernel, blocks, threads, stream, words)
         if self._recorded is not None:
             self._recorded.append(queue_it)
         else:
@@ -293,15 +260,6 @@ class CudaTarget(Target):
         """Queue a copy between two addresses, on the device or the host. If memory of the host is
         not pinned, this may return only when the copy is over."""
         self._queue.copy(to, source, n_bytes, stream)
-
-    @contextmanager
-    def frozen_arguments(self) -> Iterator[None]:
-        """Let kernels be launched only with arguments that are on the device already."""
-        self._is_frozen = True
-        try:
-            yield
-        finally:
-            self._is_frozen = False
 
     @contextmanager
     def recorded_launches(self) -> Iterator[list[Callable[[], None]]]:

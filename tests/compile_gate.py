@@ -35,7 +35,6 @@ from unittest import mock
 
 from numba.core import config
 
-from atlas.driver_queue import ENTRY_TYPES
 from tests import compile_ceilings
 from tests.cubin import Resources, cubin_resources
 
@@ -124,9 +123,8 @@ def kernels() -> Iterator[Listed]:
 
 
 def listed(name: str, kernel: Any) -> Listed:
-    """A `Kernel`, under a name: what is compiled takes the address of its arguments, as a launch
-    passes it. That is a Python integer, which Numba takes for a signed one."""
-    return Listed(name, kernel.entry, ENTRY_TYPES, kernel.min_capability)
+    """A `Kernel`, under a name: as a launch compiles it."""
+    return Listed(name, kernel.entry, kernel.entry_types, kernel.min_capability)
 
 
 def judge(some_kernels: Iterable[Listed], capability: tuple[int, int]) -> list[Verdict]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from numba.cuda.simulator.cudadrv import devicearray
 
+from atlas.driver_queue import Grid, Launchable
 from atlas.target import CudaTarget
 
 _CHANGE = 0.02  # how often another stream becomes the slow one
@@ -173,9 +174,11 @@ class StreamTarget(CudaTarget):
     def event(self) -> Any:
         return Event(self.streams)
 
-    def launch(self, entry: Any, blocks: int, threads: int, stream: Any, block: int) -> None:
+    def launch(
+        self, kernel: Launchable, blocks: Grid, threads: int, stream: Any, words: Sequence[int]
+    ) -> None:
         self.n_launches += 1
-        stream.put(lambda: entry[blocks, threads](block))
+        stream.put(lambda: kernel.entry[blocks, threads](*words))
 
     def copy(self, to: int, source: int, n_bytes: int, stream: Any) -> None:
         stream.put(lambda: CudaTarget.copy(self, to, source, n_bytes, stream))

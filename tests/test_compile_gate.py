@@ -184,9 +184,8 @@ def test_what_is_compiled_is_what_a_launch_asks_for() -> None:
     def scale_kernel(a, n):
         a[cuda.threadIdx.x] *= n
 
-    address = 0x7F12_3456_7800
-    asked = scale_kernel.entry.typeof_pyval(address)
-    assert listed("op.scale_kernel", scale_kernel).signature == (asked,)
+    asked = [scale_kernel.entry.typeof_pyval(word) for word in (0x7F12_3456_7800, 16, -1)]
+    assert listed("op.scale_kernel", scale_kernel).signature == tuple(asked)
 
 
 def found_now(**changes: int) -> dict[str, Resources | None]:

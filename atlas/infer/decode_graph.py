@@ -30,7 +30,7 @@ class DecodeGraph:
         self._target = target
         self._cache = cache
         self._graph: CudaGraph | None = None
-        self._generation = 0  # of arguments on the device, when the pass last ran
+        self._has_run = False
         self._hits = 0  # of a pass
         self._is_available = True
         self.reason = "no pass has been captured yet"
@@ -48,13 +48,8 @@ class DecodeGraph:
             self._graph = None
             work()
             return
-        if self._generation != self._target.n_argument_generations:
-            # New arguments have to be written first, which may itself begin a new generation.
-            self._graph = None
-            self._generation = self._target.n_argument_generations
-            work()
-            return
-        if self._graph is None and not self._capture(work):
+        if not self._has_run or (self._graph is None and not self._capture(work)):
+            self._has_run = True  # so everything is compiled
             work()
             return
         assert self._graph is not None
@@ -64,7 +59,6 @@ class DecodeGraph:
     def drop(self) -> None:
         """Forget the captured pass: the next one is given something else."""
         self._graph = None
-        self._generation = 0
 
     def _capture(self, work: Callable[[], None]) -> bool:
         hits = self._cache.hits

@@ -1,15 +1,14 @@
-"""CUDA kernels that take their arguments as one block of device memory.
+"""CUDA kernels that take their arguments as 64-bit words.
 
-Each array among a kernel's arguments costs the host some microseconds at every launch. So a kernel
-here takes one number, the address of a block that holds its arguments as 64-bit words:
+Each array among a kernel's arguments costs the host some microseconds at every launch, since Numba
+looks at its type, and passes on seven numbers. So a kernel here takes numbers alone:
 
     array     address, then the length of each dimension (C-contiguous)
     scalar    one word, its low bits
     tuple     its elements, one after the other
 
-The target keeps blocks it has written (`Target.argument_block`), so launching again with the same
-arguments copies nothing, and a captured graph finds them where they were. The author of a kernel
-sees none of this:
+They lie in the GPU's constant memory, where the driver puts what a launch is given: instructions
+take them as operands, and a captured graph has its own. The author of a kernel sees none of this:
 
     @kernel(types.float32[::1], types.int64)
     def fill_kernel(out, first):
@@ -31,9 +30,9 @@ import numpy as np
 from numba import cuda, types
 from numba.core import config
 
+from atlas.driver_queue import Grid
 from atlas.target import Target
 
-_WORD_BYTES = 8
 _WORD_MASK = (1 << 64) - 1
 
 
@@ -47,7 +46,9 @@ class Kernel:
     signature
         Numba types of the arguments.
     entry
-        What is compiled: the body, behind the unpacking of its block (one uint64).
+        What is compiled: the body, behind the unpacking of its words.
+    entry_types
+        What it is compiled for: an int64 for each word, which Numba takes a Python integer for.
     min_capability
         The lowest compute capability that has its instructions.
     """
@@ -62,11 +63,13 @@ class Kernel:
         self.name: str = body.__name__
         self.signature = signature
         self.min_capability = min_capability
-        self.entry = cuda.jit(**_known(options))(_entry(body, _unpacker(signature)))
+        self.entry_types = (types.int64,) * sum(map(_n_words, signature))
+        entry = _entry(body, _unpacker(signature), len(self.entry_types))
+        self.entry = cuda.jit(**_known(options))(entry)
         self._writers = [_writer(kind) for kind in signature]
 
     def launch(
-        self, target: Target, blocks: int, threads: int, *arguments: Any, stream: Any = None
+        self, target: Target, blocks: Grid, threads: int, *arguments: Any, stream: Any = None
     ) -> None:
         """Run on a grid of `blocks` times `threads`, on the target's compute stream or another.
 
@@ -75,7 +78,7 @@ class Kernel:
         target
             The CUDA target.
         blocks, threads
-            Blocks of the grid, threads of a block.
+            Blocks of the grid, in one dimension or two, and threads of a block.
         *arguments
             As the signature has them; arrays are C-contiguous device arrays, and are trusted.
         stream
@@ -84,9 +87,8 @@ class Kernel:
         words: list[int] = []
         for write, argument in zip(self._writers, arguments, strict=True):
             write(target, words, argument)
-        block = target.argument_block(tuple(words))
         where = target.stream if stream is None else stream
-        target.launch(self.entry, blocks, threads, where, block)
+        target.launch(self, blocks, threads, where, words)
 
 
 def kernel(
@@ -115,14 +117,12 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
     return options | {"launch_bounds": (bounds, 1)} if isinstance(bounds, int) else options
 
 
-def _entry(body: Any, unpack: Any) -> Any:
-    device_body = cuda.jit(device=True)(body)
-
-    def entry(block):
-        device_body(*unpack(block))
-
-    entry.__name__ = entry.__qualname__ = body.__name__
-    return entry
+def _entry(body: Any, unpack: Any, n_words: int) -> Any:
+    words = "".join(f"w{i}, " for i in range(n_words))
+    # Numba takes no `*words` from a kernel: the entry is written with as many as there are.
+    named = {"body": cuda.jit(device=True)(body), "unpack": unpack}
+    exec(f"def {body.__name__}({words}): body(*unpack(({words})))", named)
+    return named[body.__name__]
 
 
 # Packing, on the host
@@ -159,11 +159,11 @@ def _n_words(kind: Any) -> int:
 
 
 def _unpacker(signature: tuple[Any, ...]) -> Any:
-    """A device function from the address of a block to the tuple of its arguments."""
+    """A device function from the words to the tuple of arguments."""
     return _interpreted(signature) if config.ENABLE_CUDASIM else _compiled(signature)
 
 
-def _interpreted(signature: tuple[Any, ...]) -> Callable[[int], tuple[Any, ...]]:
+def _interpreted(signature: tuple[Any, ...]) -> Callable[[tuple[int, ...]], tuple[Any, ...]]:
     from numba.np import numpy_support
 
     readers = [
@@ -171,20 +171,18 @@ def _interpreted(signature: tuple[Any, ...]) -> Callable[[int], tuple[Any, ...]]
         for kind in signature
     ]
 
-    n_bytes = _WORD_BYTES * sum(count for count, _, _ in readers)
-    last: tuple[bytes, tuple[Any, ...]] = (b"", ())
+    last: tuple[tuple[int, ...], tuple[Any, ...]] = ((), ())
 
-    def unpack(block: int) -> tuple[Any, ...]:
+    def unpack(words: tuple[int, ...]) -> tuple[Any, ...]:
         nonlocal last
-        packed = ctypes.string_at(int(block), n_bytes)
-        if packed != last[0]:  # all threads of a launch ask for the same
-            last = packed, tuple(read(packed))
+        if words != last[0]:  # all threads of a launch ask for the same
+            last = words, tuple(read(words))
         return last[1]
 
-    def read(packed: bytes) -> Iterator[Any]:
-        words, at = np.frombuffer(packed, np.uint64), 0
+    def read(words: tuple[int, ...]) -> Iterator[Any]:
+        packed, at = np.array(words, np.uint64), 0
         for count, dtype, kind in readers:
-            mine = words[at : at + count]
+            mine = packed[at : at + count]
             at += count
             if isinstance(kind, types.Array):
                 yield array_at(int(mine[0]), mine[1:].tolist(), dtype)
@@ -206,32 +204,22 @@ def array_at(address: int, shape: list[int], dtype: Any) -> np.ndarray:
 
 
 def _compiled(signature: tuple[Any, ...]) -> Any:
-    from llvmlite import ir
     from numba.cuda.extending import intrinsic
 
-    word, in_global = ir.IntType(64), 1
-
     @intrinsic
-    def unpack(typing_context, block):
+    def unpack(typing_context, words):
         def emit(context, builder, sig, args):
-            # Global memory, and the same for the whole run: loads may be cached and reordered.
-            base = builder.inttoptr(args[0], word.as_pointer(in_global))
-            unchanging = builder.module.add_metadata([])
-            at = 0
+            each = iter(range(len(words)))
 
             def next_word():
-                nonlocal at
-                value = builder.load(builder.gep(base, [word(at)]))
-                value.set_metadata("invariant.load", unchanging)
-                at += 1
-                return value
+                return builder.extract_value(args[0], next(each))
 
             return context.make_tuple(
                 builder, sig.return_type,
                 [_emit_argument(context, builder, kind, next_word) for kind in signature],
             )  # fmt: skip
 
-        return types.Tuple(signature)(types.uint64), emit
+        return types.Tuple(signature)(words), emit
 
     return unpack
 

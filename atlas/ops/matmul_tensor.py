@@ -23,13 +23,14 @@ next are registers that the wide tile does not have.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
 from numba import config, cuda, types
 
-from atlas.ops.block_halves import HALF_DECODERS, plain_decoder
+from atlas.ops.block_halves import HALF_DECODERS, VALUES, plain_decoder
 from atlas.ops.kernel import Kernel, kernel
 from atlas.ops.memory import store16, wait_for_copies
 from atlas.ops.paged import PageCache, PagedMatrix
@@ -52,38 +53,45 @@ from atlas.ops.tensor_tiles import (
     copier,
     fetcher,
     multiplier,
-    page_address,
+    page_place,
     plane_adder,
     row_place,
     writer,
 )
-from atlas.target import CudaTarget
+from atlas.target import CudaTarget, as_vector
 from forge.block_layouts import block_layout
 
 # 64 sums a thread (64 rows by 32 tokens a warp): 12 loads from shared memory serve 32
 # multiplications, which is about what shared memory can feed. Two blocks of 128 registers a thread
 # fit a multiprocessor: one computes while the other waits.
 WIDE = Tile(128, 128, 1, 2)
+# Of these types a thread has so many words on their way that 32 sums are all it has registers for.
+_MANY_WORDS = (GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_K, GGMLQuantizationType.Q6_K)
+MIDDLE = Tile(128, 64, 1, 4)
 # A block for each of about as many multiprocessors as there are out of 4096 rows and few tokens,
 # each with 4 KiB of 8-bit weights and 16 KiB of tokens on their way.
 NARROW = Tile(32, 64, 4, 1)
-#: For many tiles and for few.
-TILES = (Tile(32, 32, 1, 1), Tile(16, 16, 2, 1)) if config.ENABLE_CUDASIM else (WIDE, NARROW)
+#: For many tiles and for few, of each type.
+TILES = {
+    kind: (Tile(32, 32, 1, 1), Tile(16, 16, 2, 1))
+    if config.ENABLE_CUDASIM
+    else (MIDDLE if kind in _MANY_WORDS else WIDE, NARROW)
+    for kind in (*PLAIN, *HALF_DECODERS)
+}
 #: Tiles from which on wide ones pay: with fewer, too many multiprocessors go without.
 MIN_WIDE_TILES = 2 if config.ENABLE_CUDASIM else 64
 
 
 def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
     """`matmul_tensor_kernel` of a type and a tile."""
-    elements = PLAIN_GROUP if kind in PLAIN else block_layout(kind).elements  # of a slot
+    elements = PLAIN_GROUP if kind in PLAIN else VALUES  # of a piece, which lies in one page
+    parts = np.uint32(max(block_layout(kind).elements // elements, 1))  # pieces of a block
     per_page = np.uint32(block_layout(kind).per_page * block_layout(kind).elements // elements)
     decoder = plain_decoder if kind in PLAIN else HALF_DECODERS[kind]
     fetch, decode = fetcher(kind), decoder.decode
     is_whole = tile.planes == 1  # else planes may lie behind the row, where weights are zero
-    # From slice to slice a thread goes on by so many slots, or parts of a slot.
     columns = tile.planes * SLICE
-    slots = np.uint32(columns // elements)
-    parts, parts_per_slot = np.uint32(columns % elements // 16), np.uint32(elements // 16)
+    pieces = np.uint32(columns // elements)  # from a thread's slice to its next
 
     rows, tile_tokens, planes = (np.uint32(n) for n in tile[:3])
     plane_warps, row_warps = np.uint32(tile.rows // 16), np.uint32(tile.row_warps)
@@ -93,15 +101,27 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
     n_weight_words, n_token_words = (2 * tile.planes * n * SLICE_WORDS for n in tile[:2])
     n_sums = tile.sums
     copy_tokens, add_planes, write_sums = copier(tile), plane_adder(tile), writer(tile)
-    multiply = multiplier(tile, mma_bf16 if kind == GGMLQuantizationType.BF16 else mma_f16)
+    multiply_add = mma_bf16 if kind == GGMLQuantizationType.BF16 else mma_f16
+    multiply = multiplier(tile, multiply_add)
 
     @kernel(
-        types.float32[:, ::1], types.uint32[::1], *[types.uint32] * 3,
+        types.float32[::1], types.uint32, types.uint32, types.uint32[::1], *[types.uint32] * 3,
         types.uint64, types.int32[::1], types.uint32, types.uint32, types.boolean,
         launch_bounds=(tile.threads, 2), min_capability=(8, 0),
     )  # fmt: skip
     def matmul_tensor_kernel(
-        y, rounded, begin, end, n_cols, pool, table, shard_shift, first_page, is_row_major
+        y,
+        n_y_tokens,
+        n_y_rows,
+        rounded,
+        begin,
+        end,
+        n_cols,
+        pool,
+        table,
+        shard_shift,
+        first_page,
+        is_row_major,
     ):
         weights = cuda.shared.array(n_weight_words, np.uint32, 16)  # [stage, plane, row, slice]
         tokens = cuda.shared.array(n_token_words, np.uint32, 16)  # [stage, plane, group, slice]
@@ -110,12 +130,11 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
             sums[k] = np.float32(0)
 
         # Which tile: blocks side by side share rows, so that weights come once from memory.
-        n_slices = padded_slices(n_cols)
-        n_steps = np.uint32((n_cols + np.uint32(columns - 1)) // np.uint32(columns))
-        last_group = np.uint32((np.uint32(y.shape[0]) - np.uint32(1)) >> np.uint32(4))
-        token_tiles = np.uint32((np.uint32(y.shape[0]) + tile_tokens - np.uint32(1)) // tile_tokens)
-        first_row = np.uint32(begin + np.uint32(cuda.blockIdx.x) // token_tiles * rows)
-        first_token = np.uint32(np.uint32(cuda.blockIdx.x) % token_tiles * tile_tokens)
+        n_slices = np.uint32(padded_slices(n_cols))
+        n_steps = np.uint32(np.uint32(n_cols + np.uint32(columns - 1)) // np.uint32(columns))
+        last_group = np.uint32(np.uint32(n_y_tokens - np.uint32(1)) >> np.uint32(4))
+        first_row = np.uint32(begin + np.uint32(np.uint32(cuda.blockIdx.y) * rows))
+        first_token = np.uint32(np.uint32(cuda.blockIdx.x) * tile_tokens)
 
         # Which part of it a warp multiplies.
         thread = np.uint32(cuda.threadIdx.x)
@@ -138,15 +157,14 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
         row = min(np.uint32(first_row + fetched_row), np.uint32(end - np.uint32(1)))
         column = np.uint32(plane * np.uint32(SLICE) + half * np.uint32(16))
         start = np.uint64(np.uint64(row) * np.uint64(n_cols) + np.uint64(column))
-        block = np.uint64(start // np.uint64(elements))
-        part = np.uint32(np.uint32(start % np.uint64(elements)) >> np.uint32(4))
-        page = np.uint32(first_page + np.uint32(block // np.uint64(per_page)))
-        slot = np.uint32(block % np.uint64(per_page))
-        base = page_address(pool, table, shard_shift, page)
+        piece = np.uint64(start // np.uint64(elements))
+        page = np.uint32(first_page + np.uint32(piece // np.uint64(per_page)))
+        piece = np.uint32(piece % np.uint64(per_page))
+        place = page_place(table, shard_shift, page)
 
         step = np.uint32(0)
         while step < n_steps:
-            stage = np.uint32((step & np.uint32(1)) * planes)
+            stage = np.uint32(np.uint32(step & np.uint32(1)) * planes)
             copy_tokens(
                 tokens, np.uint32(stage * token_words), rounded, n_slices,
                 np.uint32(first_token >> np.uint32(4)), last_group, np.uint32(step * planes),
@@ -154,30 +172,29 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
             )  # fmt: skip
             # `raw` has one value a step, behind the row whatever comes there: NVVM 13.0 does not
             # come to an end with tuples that change.
-            raw = fetch(pool, table, shard_shift, page, base, is_row_major, slot, part)
+            raw = fetch(pool, table, shard_shift, page, place, is_row_major, piece)
             if step > np.uint32(0):
-                other = np.uint32(planes - stage + plane)
+                other = np.uint32(np.uint32(planes - stage) + plane)
                 multiply(
-                    sums, weights, np.uint32(other * plane_words + row_at),
-                    tokens, np.uint32(other * token_words + token_at),
+                    sums, weights, np.uint32(np.uint32(other * plane_words) + row_at),
+                    tokens, np.uint32(np.uint32(other * token_words) + token_at),
                 )  # fmt: skip
-            w0, w1, w2, w3, w4, w5, w6, w7 = decode(raw, part)
+            w0, w1, w2, w3, w4, w5, w6, w7 = decode(raw, np.uint32(piece % parts))
             if not is_whole and column >= n_cols:
                 w0 = w1 = w2 = w3 = w4 = w5 = w6 = w7 = np.uint32(0)
-            at = np.uint32((stage + plane) * plane_words + stored)
+            at = np.uint32(np.uint32(np.uint32(stage + plane) * plane_words) + stored)
             store16(weights, at, w0, w1, w2, w3)
             store16(weights, np.uint32(at ^ np.uint32(4)), w4, w5, w6, w7)
             column = np.uint32(column + np.uint32(columns))
-            slot, part = np.uint32(slot + slots), np.uint32(part + parts)
-            if parts > np.uint32(0) and part >= parts_per_slot:
-                slot, part = np.uint32(slot + np.uint32(1)), np.uint32(part - parts_per_slot)
-            if slot >= per_page:
-                slot, page = np.uint32(slot - per_page), np.uint32(page + np.uint32(1))
-                base = page_address(pool, table, shard_shift, page)
+            piece = np.uint32(piece + pieces)
+            if piece >= per_page:
+                piece, page = np.uint32(piece - per_page), np.uint32(page + np.uint32(1))
+                place = page_place(table, shard_shift, page)
             wait_for_copies()
             cuda.syncthreads()
             step = np.uint32(step + np.uint32(1))
-        stage = np.uint32((n_steps - np.uint32(1) & np.uint32(1)) * planes + plane)
+        last = np.uint32(np.uint32(n_steps - np.uint32(1)) & np.uint32(1))
+        stage = np.uint32(np.uint32(last * planes) + plane)
         multiply(
             sums, weights, np.uint32(stage * plane_words + row_at),
             tokens, np.uint32(stage * token_words + token_at),
@@ -187,7 +204,8 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
             add_planes(sums, tokens, plane, thread)
         if plane == np.uint32(0):
             write_sums(
-                y, sums, np.uint32(first_row + warp_row + (i << np.uint32(1))), end,
+                y, n_y_tokens, n_y_rows, sums,
+                np.uint32(first_row + warp_row + (i << np.uint32(1))), end,
                 np.uint32(first_token + warp_token + g), rounded,
                 np.uint32((last_group + np.uint32(1)) * (n_slices << np.uint32(8))),
             )  # fmt: skip
@@ -196,7 +214,7 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
 
 
 _KERNELS = {
-    (kind, tile): tensor_kernel(kind, tile) for kind in (*PLAIN, *HALF_DECODERS) for tile in TILES
+    (kind, tile): tensor_kernel(kind, tile) for kind, tiles in TILES.items() for tile in tiles
 }
 
 
@@ -253,12 +271,13 @@ def _multiply(
     is_bfloat = w.ggml_type == GGMLQuantizationType.BF16
     rounding = round_to_bfloat_kernel if is_bfloat else round_to_half_kernel
     rounding.launch(target, -(-n_tokens // GROUP) * GROUP, ROUND_THREADS, x, scratch)
-    wide, narrow = TILES
-    tile = wide if wide.tiles_of(n_rows, n_tokens) >= MIN_WIDE_TILES else narrow
+    wide, narrow = TILES[w.ggml_type]
+    tile = wide if math.prod(wide.grid_of(n_rows, n_tokens)) >= MIN_WIDE_TILES else narrow
     _KERNELS[w.ggml_type, tile].launch(
-        target, tile.tiles_of(n_rows, n_tokens), tile.threads,
-        y, scratch, begin, end, w.n_cols, target.address(cache.frames), cache.table,
-        cache.shard_shift, w.first_page, w.layout.memory_layout == "row_major",
+        target, tile.grid_of(n_rows, n_tokens), tile.threads,
+        as_vector(y), n_tokens, y.shape[1], scratch, begin, end, w.n_cols,
+        target.address(cache.frames), cache.table, cache.shard_shift, w.first_page,
+        w.layout.memory_layout == "row_major",
     )  # fmt: skip
 
 

@@ -42,10 +42,9 @@ def words_of_group(n_cols: int) -> int:
 @cuda.jit(device=True)
 def padded_slices(n_cols):
     """Slices of a rounded token."""
-    whole = np.uint32(COLUMN_ALIGNMENT)
-    return np.uint32(
-        (n_cols + whole - np.uint32(1)) // whole * np.uint32(COLUMN_ALIGNMENT // SLICE)
-    )
+    last = np.uint32(COLUMN_ALIGNMENT - 1)
+    wholes = np.uint32(np.uint32(n_cols + last) // np.uint32(COLUMN_ALIGNMENT))
+    return np.uint32(wholes * np.uint32(COLUMN_ALIGNMENT // SLICE))
 
 
 @cuda.jit(device=True)

@@ -12,9 +12,10 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numba import cuda
 
-from atlas.ops.block_halves import HALF_DECODERS
+from atlas.ops.block_halves import HALF_DECODERS, VALUES
 from atlas.ops.block_values import field_places
 from atlas.ops.memory import copy16_async, load8_cached_at, load16
+from atlas.ops.ptx import multiply_add_wide, shift_left, shift_right
 from atlas.ops.round_tokens import GROUP, SLICE, SLICE_WORDS
 from forge.block_layouts import MEMORY_LAYOUTS, block_layout
 from forge.pages import PAGE_BYTES
@@ -51,9 +52,9 @@ class Tile(NamedTuple):
         """Sums of a thread."""
         return 4 * self.row_fragments * self.token_fragments
 
-    def tiles_of(self, n_rows: int, n_tokens: int) -> int:
-        """Tiles of a product."""
-        return -(-n_rows // self.rows) * -(-n_tokens // self.tokens)
+    def grid_of(self, n_rows: int, n_tokens: int) -> tuple[int, int]:
+        """Tiles of a product, over the tokens and over the rows."""
+        return -(-n_tokens // self.tokens), -(-n_rows // self.rows)
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.tokens}x{self.planes * SLICE}"
@@ -66,31 +67,33 @@ PLAIN_GROUP = 4  # plain elements that never straddle pages: a page holds a mult
 
 
 @cuda.jit(device=True)
-def page_address(pool, table, shard_shift, page):
-    """Address of a page; of some page, if it is behind the last or its shard is not resident."""
-    shard = min(np.uint32(page >> shard_shift), np.uint32(table.size - 1))
-    frame = np.uint64(max(table[shard], np.int32(0)))
-    in_shard = np.uint32(page & np.uint32((np.uint32(1) << shard_shift) - np.uint32(1)))
-    slot = np.uint64((frame << np.uint64(shard_shift)) | np.uint64(in_shard))
-    return np.uint64(pool + slot * np.uint64(PAGE_BYTES))
+def page_place(table, shard_shift, page):
+    """Pages in the pool before a page; some number, if it is behind the last or its shard is not
+    resident."""
+    shard = np.uint32(min(shift_right(page, shard_shift), np.uint32(table.size - 1)))
+    frame = np.uint32(max(table[shard], np.int32(0)))
+    in_shard = np.uint32(page & np.uint32(~shift_left(np.uint32(0xFFFFFFFF), shard_shift)))
+    return np.uint32(shift_left(frame, shard_shift) | in_shard)
 
 
 def fetcher(kind: GGMLQuantizationType) -> Any:
-    """`fetch(pool, table, shard_shift, page, base, is_row_major, slot, part) -> raw` of a type.
+    """`fetch(pool, table, shard_shift, page, place, is_row_major, piece) -> raw` of a type.
 
-    `base` is the address of `page`; `slot` counts blocks in it (of plain elements: groups of four),
-    `part` sixteens in the block.
+    `place` is where `page` is in the pool; `piece` counts sixteen values in it, of plain elements
+    four.
     """
     return _plain_fetcher(kind) if kind in PLAIN else _block_fetcher(kind)
 
 
 def _block_fetcher(kind: GGMLQuantizationType) -> Any:
-    load = HALF_DECODERS[kind].load
+    load, parts = HALF_DECODERS[kind].load, np.uint32(block_layout(kind).elements // VALUES)
     # Both layouts are in the code, since places that are constants cost no registers.
     columns, rows = (field_places(block_layout(kind, layout)) for layout in MEMORY_LAYOUTS)
 
     @cuda.jit(device=True)
-    def fetch(pool, table, shard_shift, page, base, is_row_major, slot, part):
+    def fetch(pool, table, shard_shift, page, place, is_row_major, piece):
+        base = multiply_add_wide(place, np.uint32(PAGE_BYTES), pool)
+        slot, part = np.uint32(piece // parts), np.uint32(piece % parts)
         if is_row_major:
             return load(base, rows, slot, part)
         return load(base, columns, slot, part)
@@ -103,27 +106,29 @@ def _plain_fetcher(kind: GGMLQuantizationType) -> Any:
     groups_per_page = np.uint32(block_layout(kind).per_page // PLAIN_GROUP)
 
     @cuda.jit(device=True)
-    def group(pool, table, shard_shift, page, base, slot):
+    def group(pool, table, shard_shift, page, place, slot):
         if slot >= groups_per_page:
-            base = page_address(pool, table, shard_shift, np.uint32(page + np.uint32(1)))
+            place = page_place(table, shard_shift, np.uint32(page + np.uint32(1)))
             slot = np.uint32(slot - groups_per_page)
+        base = multiply_add_wide(place, np.uint32(PAGE_BYTES), pool)
         return load8_cached_at(np.uint64(base + np.uint64(slot << np.uint32(3))))
 
     @cuda.jit(device=True)
-    def fetch(pool, table, shard_shift, page, base, is_row_major, slot, part):
+    def fetch(pool, table, shard_shift, page, place, is_row_major, slot):
         s1, s2 = np.uint32(slot + np.uint32(1)), np.uint32(slot + np.uint32(2))
         s3 = np.uint32(slot + np.uint32(3))
         if s3 < groups_per_page:
+            base = multiply_add_wide(place, np.uint32(PAGE_BYTES), pool)
             at = np.uint64(base + np.uint64(slot << np.uint32(3)))
             w0, w1 = load8_cached_at(at)
             w2, w3 = load8_cached_at(np.uint64(at + np.uint64(8)))
             w4, w5 = load8_cached_at(np.uint64(at + np.uint64(16)))
             w6, w7 = load8_cached_at(np.uint64(at + np.uint64(24)))
         else:
-            w0, w1 = group(pool, table, shard_shift, page, base, slot)
-            w2, w3 = group(pool, table, shard_shift, page, base, s1)
-            w4, w5 = group(pool, table, shard_shift, page, base, s2)
-            w6, w7 = group(pool, table, shard_shift, page, base, s3)
+            w0, w1 = group(pool, table, shard_shift, page, place, slot)
+            w2, w3 = group(pool, table, shard_shift, page, place, s1)
+            w4, w5 = group(pool, table, shard_shift, page, place, s2)
+            w6, w7 = group(pool, table, shard_shift, page, place, s3)
         return w0, w1, w2, w3, w4, w5, w6, w7
 
     return fetch
@@ -145,23 +150,28 @@ def row_place(row, chunk):
 
 
 def copier(tile: Tile) -> Any:
-    """`copy_tokens`: a slice for each plane from the rounded tokens to shared memory, as it is."""
-    threads, groups = np.uint32(tile.threads), np.uint32(tile.tokens // GROUP)
+    """`copy_tokens`: a slice for each plane from the rounded tokens to shared memory, as it is.
+
+    The 64 quads of a slice of a group are copied by so many threads, each some of them, that all
+    have the same number to copy: a thread has one place to look up.
+    """
+    groups = np.uint32(tile.tokens // GROUP)
     n_copies = 4 * tile.tokens * tile.planes // tile.threads
+    stride = 64 // n_copies
 
     @cuda.jit(device=True)
     def copy_tokens(tokens, stage, rounded, n_slices, first_group, last_group, first_slice, thread):
+        piece, quad = np.uint32(thread // np.uint32(stride)), np.uint32(thread % np.uint32(stride))
+        # Behind the last group it is again the last, and its product is not stored.
+        group = np.uint32(min(np.uint32(first_group + np.uint32(piece % groups)), last_group))
+        slices = np.uint32(first_slice + np.uint32(piece // groups))
+        source = np.uint32(np.uint32(group * n_slices) + slices)
+        word = np.uint32(quad << np.uint32(2))
+        to = np.uint64(np.uint32(np.uint32(stage + np.uint32(piece << np.uint32(8))) + word))
+        at = np.uint64(np.uint32(np.uint32(source << np.uint32(8)) + word))
         for i in range(n_copies):
-            item = np.uint32(thread + np.uint32(i) * threads)
-            piece = np.uint32(item >> np.uint32(6))
-            # Behind the last group it is again the last, and its product is not stored.
-            group = min(np.uint32(first_group + piece % groups), last_group)
-            source = np.uint32(group * n_slices + first_slice + piece // groups)
-            quad = np.uint32(item & np.uint32(63))
-            copy16_async(
-                tokens, np.uint32(stage + (item << np.uint32(2))),
-                rounded, np.uint32((source << np.uint32(8)) + (quad << np.uint32(2))),
-            )  # fmt: skip
+            ahead = np.uint64(4 * stride * i)
+            copy16_async(tokens, np.uint64(to + ahead), rounded, np.uint64(at + ahead))
 
     return copy_tokens
 
@@ -232,18 +242,19 @@ def writer(tile: Tile) -> Any:
     n_rows, n_tokens = tile.row_fragments, tile.token_fragments
 
     @cuda.jit(device=True)
-    def write_sums(y, sums, row, end, token, rounded, scales):
+    def write_sums(y, n_y_tokens, n_y_rows, sums, row, end, token, rounded, scales):
         for j in range(n_tokens):
             for h in range(2):
                 t = np.uint32(token + np.uint32(16 * j + 8 * h))
-                if t < np.uint32(y.shape[0]):
+                if t < n_y_tokens:
                     scale = np.uint32(rounded[np.uint32(scales + t)]).view(np.float32)
-                    y_of_token = y[t]
+                    at = np.uint64(np.uint64(t) * np.uint64(n_y_rows) + np.uint64(row))
                     for i in range(n_rows):
                         for s in range(2):
-                            r = np.uint32(row + np.uint32(8 * i + s))
-                            if r < end:
+                            if np.uint32(row + np.uint32(8 * i + s)) < end:
                                 k = 4 * (i * n_tokens + j) + 2 * h + s
-                                y_of_token[r] = np.float32(sums[k] * scale)
+                                y[np.uint64(at + np.uint64(8 * i + s))] = np.float32(
+                                    sums[k] * scale
+                                )
 
     return write_sums

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from numba import cuda
+from numba import cuda, types
 from numba.cuda.cudadrv.driver import CudaAPIError
 
-from atlas.driver_queue import ENTRY_TYPES, DriverQueue
+from atlas.driver_queue import DriverQueue
 
 
 class Result(enum.IntEnum):
@@ -26,14 +26,17 @@ class Driver:
     Attributes
     ----------
     launches
-        Function, grid, stream and the parameter of each.
+        Function, grid, stream and the parameters of each.
     copies
         Arguments of each.
+    n_words
+        Parameters of its kernels.
     result
         What calls return.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, n_words: int = 2) -> None:
+        self.n_words = n_words
         self.launches: list[tuple[Any, ...]] = []
         self.copies: list[tuple[int, ...]] = []
         self.result = Result.CUDA_SUCCESS
@@ -43,10 +46,9 @@ class Driver:
 
     def cuLaunchKernel(self, function: Any, *grid: int) -> tuple[Result]:
         *shape, n_shared, stream, parameters, extra = grid
-        pointer = ctypes.c_void_p.from_address(parameters).value
-        assert pointer is not None
-        word = ctypes.c_int64.from_address(pointer).value
-        self.launches.append((function, shape, n_shared, stream, word, extra))
+        pointers = (ctypes.c_uint64 * self.n_words).from_address(parameters)
+        words = [ctypes.c_uint64.from_address(pointer).value for pointer in pointers]
+        self.launches.append((function, shape, n_shared, stream, words, extra))
         return (self.result,)
 
     def cuMemcpyAsync(self, *arguments: int) -> tuple[Result]:
@@ -54,8 +56,8 @@ class Driver:
         return (self.result,)
 
 
-class Entry:
-    """A kernel's entry that Numba compiles.
+class Launched:
+    """A kernel that Numba compiles, and its entry.
 
     Attributes
     ----------
@@ -65,9 +67,11 @@ class Entry:
         Launches through Numba.
     """
 
-    __name__ = "entry"
+    name = "launched_kernel"
 
-    def __init__(self, handle: int | None) -> None:
+    def __init__(self, handle: int | None, n_words: int = 2) -> None:
+        self.entry = self
+        self.entry_types = (types.int64,) * n_words
         self.compiled_for: list[Any] = []
         self.launched: list[Any] = []
         self._handle = handle
@@ -80,7 +84,7 @@ class Entry:
         return SimpleNamespace(_codelibrary=SimpleNamespace(get_cufunc=lambda: function))
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda block: self.launched.append((grid, block))
+        return lambda *words: self.launched.append((grid, words))
 
 
 @pytest.fixture
@@ -91,21 +95,50 @@ def contexts(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
     return asked
 
 
-def test_an_entry_is_compiled_once_and_launched_with_its_block(
+def test_a_kernel_is_compiled_once_and_launched_with_its_words(
     contexts: list[threading.Thread],
 ) -> None:
-    driver, one, other = Driver(), Entry(77), Entry(78)
+    driver, one, other = Driver(), Launched(77), Launched(78)
     queue = DriverQueue(driver)
-    queue.launch(one, 3, 128, 5, 0x7F12_3456_7800)
-    queue.launch(other, 1, 32, 6, 16)
-    queue.launch(one, 4, 64, 5, 32)
+    queue.launch(one, 3, 128, 5, [0x7F12_3456_7800, 2**64 - 1])
+    queue.launch(other, 1, 32, 6, [16, 1])
+    queue.launch(one, 4, 64, 5, [32, 0])
     assert driver.launches == [
-        ("function 77", [3, 1, 1, 128, 1, 1], 0, 5, 0x7F12_3456_7800, 0),
-        ("function 78", [1, 1, 1, 32, 1, 1], 0, 6, 16, 0),
-        ("function 77", [4, 1, 1, 64, 1, 1], 0, 5, 32, 0),
+        ("function 77", [3, 1, 1, 128, 1, 1], 0, 5, [0x7F12_3456_7800, 2**64 - 1], 0),
+        ("function 78", [1, 1, 1, 32, 1, 1], 0, 6, [16, 1], 0),
+        ("function 77", [4, 1, 1, 64, 1, 1], 0, 5, [32, 0], 0),
     ]
-    assert one.compiled_for == other.compiled_for == [ENTRY_TYPES]
+    assert one.compiled_for == other.compiled_for == [(types.int64, types.int64)]
     assert len(contexts) == 1
+
+
+@pytest.mark.usefixtures("contexts")
+def test_kernels_of_any_number_of_words_are_launched_in_turns() -> None:
+    driver = Driver()
+    queue = DriverQueue(driver)
+    kernels = {n: Launched(n, n) for n in (1, 7, 60)}
+    for n in (7, 60, 1, 60, 7):
+        driver.n_words = n
+        queue.launch(kernels[n], 1, 32, 5, range(n))
+        assert driver.launches[-1][4] == list(range(n))
+
+
+@pytest.mark.usefixtures("contexts")
+def test_a_thread_overwrites_no_other_threads_words() -> None:
+    driver, kernel = Driver(), Launched(1)
+    queue = DriverQueue(driver)
+    take = driver.cuLaunchKernel
+
+    def interrupted(*arguments: Any) -> tuple[Result]:
+        driver.cuLaunchKernel = take  # type: ignore[method-assign]
+        thread = threading.Thread(target=lambda: queue.launch(kernel, 1, 32, 6, [8, 9]))
+        thread.start()
+        thread.join()
+        return take(*arguments)
+
+    driver.cuLaunchKernel = interrupted  # type: ignore[method-assign]
+    queue.launch(kernel, 1, 32, 5, [1, 2])
+    assert [launch[4] for launch in driver.launches] == [[8, 9], [1, 2]]
 
 
 def test_every_thread_has_the_context(contexts: list[threading.Thread]) -> None:
@@ -115,19 +148,20 @@ def test_every_thread_has_the_context(contexts: list[threading.Thread]) -> None:
         thread.start()
         thread.join()
     queue.copy(1, 2, 3, 4)
-    queue.launch(Entry(1), 1, 1, 0, 0)
+    queue.launch(Launched(1), 1, 1, 0, [0, 0])
     assert len(contexts) == len(set(contexts)) == 3
 
 
 @pytest.mark.usefixtures("contexts")
 def test_where_numba_does_not_tell_its_function_it_launches_itself() -> None:
-    driver, entry = Driver(), Entry(None)
+    driver, kernel = Driver(), Launched(None)
     queue = DriverQueue(driver)
-    for block in (8, 16):
-        queue.launch(entry, 3, 128, 5, block)
-    assert entry.launched == [((3, 128, 5), 8), ((3, 128, 5), 16)]
+    for words in ([8, 2**64 - 1], [16, 2**63 - 1]):
+        queue.launch(kernel, 3, 128, 5, words)
+    # As Numba takes them for what the kernel has been compiled for.
+    assert kernel.launched == [((3, 128, 5), (8, -1)), ((3, 128, 5), (16, 2**63 - 1))]
     assert driver.launches == []
-    assert len(entry.compiled_for) == 1
+    assert len(kernel.compiled_for) == 1
 
 
 @pytest.mark.usefixtures("contexts")
@@ -135,8 +169,8 @@ def test_what_the_driver_refuses_is_said() -> None:
     driver = Driver()
     queue = DriverQueue(driver)
     driver.result = Result.CUDA_ERROR_INVALID_VALUE
-    with pytest.raises(CudaAPIError, match="launch of entry: CUDA_ERROR_INVALID_VALUE"):
-        queue.launch(Entry(1), 1, 5000, 0, 0)
+    with pytest.raises(CudaAPIError, match="launch of launched_kernel: CUDA_ERROR_INVALID_VALUE"):
+        queue.launch(Launched(1), 1, 5000, 0, [0, 0])
     with pytest.raises(CudaAPIError, match="copy of 3 bytes: CUDA_ERROR_INVALID_VALUE"):
         queue.copy(1, 2, 3, 4)
     assert driver.copies == [(1, 2, 3, 4)]

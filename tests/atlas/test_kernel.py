@@ -45,11 +45,6 @@ def test_every_kind_of_argument_arrives(cuda_target: CudaTarget, sign: int) -> N
     assert target.get(cube)[0, 1, 2] == 99  # the array itself, not a copy
 
 
-def test_the_same_arguments_are_written_once(cuda_target: CudaTarget) -> None:
-    block = cuda_target.argument_block((1, 2, 3))
-    assert cuda_target.argument_block((1, 2, 3)) == block != cuda_target.argument_block((1, 2, 4))
-
-
 def test_the_number_of_arguments_is_checked(cuda_target: CudaTarget) -> None:
     with pytest.raises(ValueError, match="zip"):
         report_kernel.launch(cuda_target, 1, 32, cuda_target.empty(17, np.int64))

@@ -95,14 +95,6 @@ def test_any_view_keeps_device_memory_counted() -> None:
     assert target.allocated_bytes == 0
 
 
-def test_blocks_of_arguments_are_kept_and_share_no_cache_line(cuda_target: CudaTarget) -> None:
-    blocks = [tuple(range(n)) for n in (1, 16, 17, 40, 2)]
-    places = [cuda_target.argument_block(block) for block in blocks]
-    first = places[0]
-    assert [place - first for place in places] == [0, 128, 256, 512, 896]
-    assert [cuda_target.argument_block(block) for block in blocks] == places
-
-
 def test_cpu_arrays_are_aligned() -> None:
     target = CpuTarget()
     for shape, dtype in ((1, np.uint8), (1000, np.float32), ((3, 3), np.int64)):
