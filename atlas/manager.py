@@ -162,6 +162,11 @@ class Atlas(LiveModel):
         return self.shard_cache.pages
 
     @property
+    def is_complete(self) -> bool:
+        """Whether all shards are on a GPU, and stay there."""
+        return isinstance(self.shard_cache, DeviceCache) and self.shard_cache.is_complete
+
+    @property
     def shard_bytes(self) -> int:
         """Bytes of a shard, and of a frame."""
         return self.map.pages_per_shard * PAGE_BYTES

@@ -291,35 +291,34 @@ class LlamaModel:
         """Ends with what it adds to x in `delta`."""
         target, layer = self.target, self.weights.layers[number]
         self._normalise(b, layer["attn_norm"], self._leaves_delta and number > 0)
-        for name, stem in (("q", "attn_q"), ("k", "attn_k"), ("v", "attn_v")):
-            self._multiply(b[name], layer, stem, b["h"])
+        self._multiply([b["q"], b["k"], b["v"]], layer, ["attn_q", "attn_k", "attn_v"], b["h"])
         q, k, v, mixed = (b[f"{name}_heads"] for name in ("q", "k", "v", "mixed"))
         keys, values = self.kv_cache.keys[number], self.kv_cache.values[number]
         position = self._device_position
         rotate_and_store(target, q, k, v, keys, values, position, self._frequencies, True)
         attention(target, mixed, q, keys, values, position, self._activations.scratch)
-        self._multiply(b["delta"], layer, "attn_output", b["mixed"])
+        self._multiply([b["delta"]], layer, ["attn_output"], b["mixed"])
 
-    def _multiply(self, y: Any, layer: dict[str, Any], stem: str, x: Any) -> None:
-        self.weights.multiply(y, layer[stem], x)
-        if f"{stem}.bias" in layer:
-            add_rows(self.target, y, layer[f"{stem}.bias"])
+    def _multiply(self, ys: list[Any], layer: dict[str, Any], stems: list[str], x: Any) -> None:
+        self.weights.multiply_all(ys, [layer[stem] for stem in stems], x)
+        for y, stem in zip(ys, stems, strict=True):
+            if f"{stem}.bias" in layer:
+                add_rows(self.target, y, layer[f"{stem}.bias"])
 
     def _feed_forward(self, number: int, b: dict[str, Any]) -> None:
         """Ends with what it adds to x in `delta`."""
         layer = self.weights.layers[number]
         self._normalise(b, layer["ffn_norm"], True)
-        self._multiply(b["gate"], layer, "ffn_gate", b["h"])
-        self._multiply(b["up"], layer, "ffn_up", b["h"])
+        self._multiply([b["gate"], b["up"]], layer, ["ffn_gate", "ffn_up"], b["h"])
         swiglu(self.target, b["gate"], b["gate"], b["up"])
-        self._multiply(b["delta"], layer, "ffn_down", b["gate"])
+        self._multiply([b["delta"]], layer, ["ffn_down"], b["gate"])
 
     def _feed_experts(self, number: int, b: dict[str, Any]) -> None:
         """The router chooses `n_expert_used` experts a token; their outputs are weighted by the
         softmax over the chosen ones' logits."""
         target, layer = self.target, self.weights.layers[number]
         self._normalise(b, layer["ffn_norm"], True)
-        self._multiply(b["router"], layer, "ffn_gate_inp", b["h"])
+        self._multiply([b["router"]], layer, ["ffn_gate_inp"], b["h"])
         chosen, shares = route(target.get(b["router"]), self.config.n_expert_used)
         for expert in np.unique(chosen).tolist():
             for t in np.flatnonzero((chosen == expert).any(axis=1)).tolist():

@@ -13,7 +13,7 @@ from atlas.manager import Atlas
 from atlas.model_shards import EMBEDDING, OUTPUT
 from atlas.ops.block_values import MATRIX_VALUES
 from atlas.ops.matmul import matmul
-from atlas.ops.matvec import matvec
+from atlas.ops.matvec import matvec, matvecs
 from atlas.ops.paged import PagedMatrix
 from atlas.target import as_vector
 from forge.errors import GGUFShardError
@@ -176,6 +176,19 @@ class Weights:
                 matvec(atlas.target, y, atlas.cache, w, x, band.begin, band.end)
             else:
                 matmul(atlas.target, y, atlas.cache, w, x, band.begin, band.end, self.scratch)
+
+    def multiply_all(self, ys: Sequence[Any], matrices: Sequence[PagedMatrix], x: Any) -> None:
+        """`multiply` for several matrices with the same x: by one kernel for a single token, if
+        everything is on the device to stay."""
+        atlas = self.atlas
+        if x.shape[0] > 1 or not atlas.is_complete:
+            for y, w in zip(ys, matrices, strict=True):
+                self.multiply(y, w, x)
+            return
+        for w in matrices:
+            for band in atlas.bands(w):
+                atlas.acquire(band)  # which counts its use
+        matvecs(atlas.target, [as_vector(y) for y in ys], atlas.cache, matrices, as_vector(x))
 
     def embed(self, tokens: Sequence[int]) -> np.ndarray:
         """Rows of the embedding for `tokens`, float32 [n_tokens, n_embd] on the host."""

@@ -9,6 +9,7 @@ of `matvec_kernels` read the types and layouts they know; the one here reads all
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ def matvec(
     check_array("y", y, np.float32, (None,))
     if y.shape[0] < end:
         raise ValueError(f"y has {y.shape[0]} elements, rows go to {end}")
-    if target.is_cuda and begin < end and launch_units(target, y, cache, w, x, begin, end):
+    if target.is_cuda and begin < end and launch_units(target, [y], cache, [w], x, begin, [end]):
         return
     matrix = matrix_arguments(cache, w)
     if begin == end:
@@ -153,6 +154,39 @@ def matvec(
     else:
         parallel = (end - begin) * w.n_cols >= SERIAL_WEIGHTS
         _loop(int(w.ggml_type), parallel)(y, x, begin, end, *matrix)
+
+
+def matvecs(
+    target: Target, ys: Sequence[Any], cache: PageCache, matrices: Sequence[PagedMatrix], x: Any
+) -> None:
+    """y = w @ x for several matrices, by one kernel where that is possible.
+
+    Parameters
+    ----------
+    target
+        Where to run.
+    ys
+        float32 [at least n_rows] for each.
+    cache, matrices
+        The pages, all rows of all matrices resident, and the matrices.
+    x
+        float32 [n_cols].
+
+    Raises
+    ------
+    GGUFShardError
+        If a matrix has a type that cannot be computed with.
+    """
+    for y, w in zip(ys, matrices, strict=True):
+        check_array("x", x, np.float32, (w.n_cols,))
+        check_array("y", y, np.float32, (None,))
+        if y.shape[0] < w.n_rows:
+            raise ValueError(f"y has {y.shape[0]} elements, rows go to {w.n_rows}")
+    ends = [w.n_rows for w in matrices]
+    if target.is_cuda and min(ends) and launch_units(target, ys, cache, matrices, x, 0, ends):
+        return
+    for y, w in zip(ys, matrices, strict=True):
+        matvec(target, y, cache, w, x)
 
 
 KERNELS = {f"matvec_kernel_{kind.name.lower()}": k for kind, k in _KERNELS.items()}

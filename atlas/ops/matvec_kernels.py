@@ -21,6 +21,8 @@ Quants become floats without a conversion: a byte b under the exponent of 2^23 i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +48,9 @@ from forge.pages import PAGE_BYTES
 #: Threads of a block: enough for a row of 4096 columns, few enough that several blocks fit.
 THREADS = 64 if config.ENABLE_CUDASIM else 256
 _WARPS = THREADS // 32
+#: Matrices that are multiplied with one x in one launch: those of queries, keys and values. A small
+#: one by itself leaves most multiprocessors without work.
+MAX_MATRICES = 3
 
 _LOW_NIBBLES = np.uint32(0x0F0F0F0F)
 _SIGNS = np.uint32(0x80808080)
@@ -284,12 +289,34 @@ def _kernel(unit: Unit) -> Kernel:
     n_raw, n_partial = rows * steps * n_words, _WARPS * unit.group
     divide = _division(unit.per_page)
 
+    @cuda.jit(device=True)
+    def groups_of(n_rows):
+        return np.uint32(np.uint32(n_rows + np.uint32(group - np.uint32(1))) // group)
+
     @kernel(
-        types.float32[::1], types.float32[::1], types.uint32, types.uint32, types.uint64,
-        types.int32[::1], types.uint32, types.uint32, types.uint32,
+        types.float32[::1], types.uint32, types.uint32, types.uint32,
+        types.float32[::1], types.uint32, types.uint32,
+        types.float32[::1], types.uint32, types.uint32,
+        types.float32[::1], types.uint64, types.int32[::1], types.uint32, types.uint32,
         launch_bounds=(THREADS, unit.resident),
     )  # fmt: skip
-    def matvec_units_kernel(y, x, begin, end, pool, table, shard_shift, first_page, exponent):
+    def matvec_units_kernel(
+        y0,
+        begin0,
+        end0,
+        first_page0,
+        y1,
+        end1,
+        first_page1,
+        y2,
+        end2,
+        first_page2,
+        x,
+        pool,
+        table,
+        shard_shift,
+        exponent,
+    ):
         partial = cuda.shared.array(n_partial, types.float32)
         # The compiler unrolls what runs over these, so that they are registers.
         raw = cuda.local.array(n_raw, types.uint32)
@@ -302,8 +329,20 @@ def _kernel(unit: Unit) -> Kernel:
         row_lane = np.uint32(thread % np.uint32(row_lanes))
         n_units = np.uint32(np.uint32(x.size) // np.uint32(elements))
         stride = np.uint32(n_threads // np.uint32(row_lanes))
-        first_row = np.uint32(begin + np.uint32(np.uint32(cuda.blockIdx.x) * group))
-        while first_row < end:
+        # Blocks, by the groups of rows of one matrix after the other.
+        second = groups_of(np.uint32(end0 - begin0))
+        third = np.uint32(second + groups_of(end1))
+        n_groups = np.uint32(third + groups_of(end2))
+        number = np.uint32(cuda.blockIdx.x)
+        while number < n_groups:
+            y, first_page, end = y0, first_page0, end0
+            first_row = np.uint32(begin0 + np.uint32(number * group))
+            if number >= third:
+                y, first_page, end = y2, first_page2, end2
+                first_row = np.uint32(np.uint32(number - third) * group)
+            elif number >= second:
+                y, first_page, end = y1, first_page1, end1
+                first_row = np.uint32(np.uint32(number - second) * group)
             for r in range(rows):
                 # Behind the last row it is computed again, for all lanes to come to the shuffles.
                 row = np.uint32(first_row + np.uint32(row_lane + np.uint32(r * row_lanes)))
@@ -345,7 +384,7 @@ def _kernel(unit: Unit) -> Kernel:
             if thread < group and row < end:
                 y[row] = _sum_of_warps(partial, thread, n_threads >> np.uint32(5), group)
             cuda.syncthreads()
-            first_row = np.uint32(first_row + np.uint32(np.uint32(cuda.gridDim.x) * group))
+            number = np.uint32(number + np.uint32(cuda.gridDim.x))
 
     return matvec_units_kernel
 
@@ -359,31 +398,45 @@ def _has_units(layout: BlockLayout) -> bool:
 
 
 def launch_units(
-    target: Target, y: Any, cache: PageCache, w: PagedMatrix, x: Any, begin: int, end: int
+    target: Target,
+    ys: Sequence[Any],
+    cache: PageCache,
+    matrices: Sequence[PagedMatrix],
+    x: Any,
+    begin: int,
+    ends: Sequence[int],
 ) -> bool:
-    """Queue y[begin:end] = w[begin:end] @ x if the matrix and x can be read in units.
+    """Queue y[:end] = w[:end] @ x for each matrix, if they and x can be read in units; of the first
+    from row `begin` on.
 
     Parameters
     ----------
-    target, y, cache, w, x, begin, end
-        As `matvec` has checked them; `begin` < `end`.
+    target, ys, cache, matrices, x, begin, ends
+        As `matvec` has checked them; `begin` < `ends[0]`.
 
     Returns
     -------
     bool
         Whether it was queued: not for other types and layouts, rows that are no whole number of
-        units, more units than an index can count, or an x that is not aligned to 16 bytes.
+        units, more units than an index can count, an x that is not aligned to 16 bytes, or more
+        matrices than `MAX_MATRICES`, or of several types.
     """
-    if not _has_units(w.layout):
+    kind = matrices[0].ggml_type
+    if len(matrices) > MAX_MATRICES or target.address(x) % 16:
         return False
-    unit = UNITS[w.ggml_type]
-    n_units, rest = divmod(w.n_cols, unit.elements)
-    if rest or w.n_rows * n_units >= 1 << 31 or target.address(x) % 16:
+    if not all(w.ggml_type == kind and _has_units(w.layout) for w in matrices):
         return False
-    blocks = min(-(-(end - begin) // unit.group), MAX_BLOCKS)
-    _KERNELS[w.ggml_type].launch(
-        target, blocks, THREADS, y, x, begin, end, target.address(cache.words), cache.table,
-        cache.shard_shift, w.first_page, _EXPONENT,
+    unit = UNITS[kind]
+    n_units, rest = divmod(x.shape[0], unit.elements)
+    if rest or any(w.n_rows * n_units >= 1 << 31 for w in matrices):
+        return False
+    parts = list(zip(ys, ends, (w.first_page for w in matrices), strict=True))
+    parts += [(ys[0], 0, 0)] * (MAX_MATRICES - len(parts))
+    (y0, end0, page0), *others = parts
+    n_groups = sum(-(-n // unit.group) for n in (end0 - begin, *ends[1:]))
+    _KERNELS[kind].launch(
+        target, min(n_groups, MAX_BLOCKS), THREADS, y0, begin, end0, page0, *chain(*others),
+        x, target.address(cache.words), cache.table, cache.shard_shift, _EXPONENT,
     )  # fmt: skip
     return True
 

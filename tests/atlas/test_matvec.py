@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
 from atlas.ops import matvec_kernels
-from atlas.ops.matvec import matvec
+from atlas.ops.matvec import matvec, matvecs
 from atlas.ops.matvec_kernels import launch_units
-from atlas.target import CpuTarget, Target
-from forge.block_layouts import MEMORY_LAYOUTS
+from atlas.ops.paged import PageCache, PagedMatrix
+from atlas.target import CpuTarget, CudaTarget, Target
+from forge.block_layouts import MEMORY_LAYOUTS, block_layout
 from forge.errors import GGUFShardError
 from tests import naive
 from tests.paged_matrix import TYPES, of_unknown_type, sample
@@ -72,7 +73,7 @@ def test_rows_in_units(
         y = target.full(n_rows + 1, np.nan, np.float32)
         cache = s.with_resident(target, begin, end)
         if target.is_cuda:
-            assert launch_units(target, y, cache, s.matrix, device_x, begin, end)
+            assert launch_units(target, [y], cache, [s.matrix], device_x, begin, [end])
         else:
             matvec(target, y, cache, s.matrix, device_x, begin, end)
         result = target.get(y)
@@ -108,7 +109,7 @@ def test_what_is_not_read_in_units(target: Target) -> None:
         x = np.random.default_rng(5).standard_normal(s.matrix.n_cols + first).astype(np.float32)
         device_x = target.put(x)[first:]
         y = target.full(s.matrix.n_rows, np.nan, np.float32)
-        assert not launch_units(target, y, s.cache, s.matrix, device_x, 0, 1)
+        assert not launch_units(target, [y], s.cache, [s.matrix], device_x, 0, [1])
         matvec(target, y, s.cache, s.matrix, device_x, 0, 2)
         rows, result = s.weights[:2], target.get(y)
         bound = 1e-6 * naive.matvec(np.abs(rows), np.abs(x[first:]))
@@ -122,8 +123,102 @@ def test_more_units_than_an_index_counts_are_not_read_in_units(target: Target) -
     s = sample(target, GGMLQuantizationType.Q8_0, "column_major")
     huge = replace(s.matrix, n_rows=(1 << 31) // (2 * s.matrix.blocks_per_row) + 1)
     x, y = target.full(huge.n_cols, 1, np.float32), target.full(1, np.nan, np.float32)
-    assert not launch_units(target, y, s.cache, huge, x, 0, 1)
-    assert launch_units(target, y, s.cache, replace(huge, n_rows=huge.n_rows - 1), x, 0, 1)
+    less = replace(huge, n_rows=huge.n_rows - 1)
+    assert not launch_units(target, [y], s.cache, [huge], x, 0, [1])
+    assert not launch_units(target, [y, y], s.cache, [less, huge], x, 0, [1, 1])
+    assert launch_units(target, [y], s.cache, [less], x, 0, [1])
+
+
+#: Blocks in a row, of which a page holds whole rows.
+WHOLE_ROWS = {
+    GGMLQuantizationType.F32: 14,
+    GGMLQuantizationType.F16: 28,
+    GGMLQuantizationType.BF16: 28,
+    GGMLQuantizationType.Q8_0: 8,
+    GGMLQuantizationType.Q4_0: 1,
+}
+
+
+@dataclass
+class Joint:
+    """Matrices in one cache: a whole one, and parts of it that begin with a later page.
+
+    Attributes
+    ----------
+    weights
+        Elements of each.
+    """
+
+    matrices: list[PagedMatrix]
+    weights: list[np.ndarray]
+    cache: PageCache
+    x: np.ndarray
+
+    def check(self, target: Target) -> None:
+        """Their products with x are right, and nothing else is written."""
+        ys = [target.full(w.n_rows + 1, np.nan, np.float32) for w in self.matrices]
+        matvecs(target, ys, self.cache, self.matrices, target.put(self.x))
+        for y, rows in zip(map(target.get, ys), self.weights, strict=True):
+            bound = 1e-6 * naive.matvec(np.abs(rows), np.abs(self.x))
+            assert np.all(np.abs(y[:-1] - naive.matvec(rows, self.x)) <= bound)
+            assert np.isnan(y[-1])
+
+
+def joint(target: Target, ggml_type: GGMLQuantizationType, *n_rows: int) -> Joint:
+    layout, blocks_per_row = block_layout(ggml_type, "column_major"), WHOLE_ROWS[ggml_type]
+    rows_per_page, rest = divmod(layout.per_page, blocks_per_row)
+    assert rest == 0
+    s = sample(target, ggml_type, "column_major", blocks_per_row, 2 * rows_per_page + 40)
+    x = np.random.default_rng(6).standard_normal(s.matrix.n_cols).astype(np.float32)
+    matrices, weights = [], []
+    for number, n in enumerate(n_rows):
+        first_page = s.matrix.first_page + number % 3
+        matrices.append(replace(s.matrix, n_rows=n, first_page=first_page))
+        weights.append(s.weights[number % 3 * rows_per_page :][:n])
+    return Joint(matrices, weights, s.cache, x)
+
+
+@pytest.mark.parametrize("max_blocks", [2, 65535])
+@pytest.mark.parametrize("ggml_type", UNIT_CASES, ids=lambda kind: kind.name)
+def test_several_matrices(
+    target: Target,
+    monkeypatch: pytest.MonkeyPatch,
+    ggml_type: GGMLQuantizationType,
+    max_blocks: int,
+) -> None:
+    """Groups of rows are of 4 or 16: parts of one, one whole, and several with a part."""
+    monkeypatch.setattr(matvec_kernels, "MAX_BLOCKS", max_blocks)
+    for n_rows in ((16, 21, 3), (1, 17), (33,)):
+        joint(target, ggml_type, *n_rows).check(target)
+
+
+def test_several_matrices_are_one_launch_where_they_can_be(cuda_target: CudaTarget) -> None:
+    def launches(j: Joint) -> int:
+        before = cuda_target.n_launches
+        j.check(cuda_target)
+        return cuda_target.n_launches - before
+
+    kind = GGMLQuantizationType.Q8_0
+    assert launches(joint(cuda_target, kind, 3, 2, 1)) == 1
+    assert launches(joint(cuda_target, kind, 3, 2, 1, 4)) == 4
+    mixed = joint(cuda_target, kind, 3, 2)
+    mixed.matrices[1] = replace(
+        mixed.matrices[1], layout=block_layout(GGMLQuantizationType.Q4_0, "column_major")
+    )
+    ys = [cuda_target.full(3, np.nan, np.float32) for _ in mixed.matrices]
+    before = cuda_target.n_launches
+    matvecs(cuda_target, ys, mixed.cache, mixed.matrices, cuda_target.put(mixed.x))
+    assert cuda_target.n_launches - before == 2
+
+
+def test_a_y_that_is_too_short_is_refused() -> None:
+    target = CpuTarget()
+    j = joint(target, GGMLQuantizationType.F16, 5, 7)
+    ys = [np.zeros(n, np.float32) for n in (5, 6)]
+    with pytest.raises(ValueError, match="y has 6 elements, rows go to 7"):
+        matvecs(target, ys, j.cache, j.matrices, j.x)
+    with pytest.raises(ValueError, match="x has shape"):
+        matvecs(target, ys, j.cache, j.matrices, j.x[1:])
 
 
 @pytest.mark.parametrize("memory_layout", MEMORY_LAYOUTS)
