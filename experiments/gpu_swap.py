@@ -76,7 +76,7 @@ class SwapCases:
     select_shards: int
 
 
-CASES = SwapCases(8, 256, (1, 4, 16, 64, 256), 1 << 16, (GATHER_BLOCKS, 16, 32), 10_000, 16)
+CASES = SwapCases(8, 256, (1, 4, 16, 64, 256), 1 << 16, (8, GATHER_BLOCKS, 32), 10_000, 16)
 REHEARSAL = SwapCases(1, 6, (1, 2), 4, (GATHER_BLOCKS,), 6, 2)
 
 

@@ -12,8 +12,10 @@ never crosses a page, so finding it is a division by a constant and a look at th
              and the x of a unit, 4 bytes for every weight, is loaded once for all rows
 
 Bytes in flight: by Little's law 4.3 TB/s at a latency of 700 ns are 3 MB, 23 KB for each of an
-H200's 132 multiprocessors. A thread has `rows * steps` units on their way, 128 bytes, a warp 4 KiB:
-six warps that wait suffice, and there is room for 24 (16 for Q4_0) that wait and compute in turns.
+H200's 132 multiprocessors. A thread has `rows * steps` units on their way, 64 bytes, a warp 2 KiB:
+twelve warps that wait suffice, and there is room for 32 that wait and compute in turns. With twice
+as many units a thread, rows of 2048 leave threads without any, and matrices of 2048 rows leave
+multiprocessors without: beside an H100 those took 1.1 to 1.2 times as long, large ones the same.
 
 Quants become floats without a conversion: a byte b under the exponent of 2^23 is the float32
 2^23 + b, from which one subtraction, exact as well, takes 2^23 and the quants' offset.
@@ -220,17 +222,19 @@ def _plain_unit(kind: GGMLQuantizationType, load_x: Any, add: Any) -> Unit:
     elements = 8 // layout.bytes
     return Unit(
         elements, layout.per_page // elements, 2, 1, 2, _load_8_bytes, load_x, add, _not_scaled,
-        rows=4, steps=4, row_lanes=1, resident=3,
+        rows=4, steps=2, row_lanes=1, resident=4,
     )  # fmt: skip
 
 
-def _block_unit(kind: GGMLQuantizationType, load_x: Any, add: Any, resident: int) -> Unit:
+def _block_unit(
+    kind: GGMLQuantizationType, load_x: Any, add: Any, rows: int, steps: int, row_lanes: int
+) -> Unit:
     layout = block_layout(kind)
     units = layout.field("qs").bytes // 16
     load = _load_16_bytes(units, layout.field("d").page_offset)
     return Unit(
         layout.elements // units, layout.per_page * units, 5, 4, 1, load, load_x, add, _scaled,
-        rows=4, steps=2, row_lanes=4, resident=resident,
+        rows, steps, row_lanes, resident=4,
     )  # fmt: skip
 
 
@@ -239,8 +243,8 @@ UNITS: dict[GGMLQuantizationType, Unit] = {
     _Q.F32: _plain_unit(_Q.F32, _load_2_of_x, _add_f32),
     _Q.F16: _plain_unit(_Q.F16, _load_4_of_x, _add_f16),
     _Q.BF16: _plain_unit(_Q.BF16, _load_4_of_x, _add_bf16),
-    _Q.Q8_0: _block_unit(_Q.Q8_0, _load_4_of_x, _add_q8_0, resident=3),
-    _Q.Q4_0: _block_unit(_Q.Q4_0, _load_x_of_nibbles, _add_q4_0, resident=2),
+    _Q.Q8_0: _block_unit(_Q.Q8_0, _load_4_of_x, _add_q8_0, rows=4, steps=1, row_lanes=2),
+    _Q.Q4_0: _block_unit(_Q.Q4_0, _load_x_of_nibbles, _add_q4_0, rows=2, steps=2, row_lanes=4),
 }
 
 

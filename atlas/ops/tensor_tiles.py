@@ -38,6 +38,11 @@ class Tile(NamedTuple):
         return 2 * self.rows * self.planes
 
     @property
+    def resident(self) -> int:
+        """Blocks that must fit a multiprocessor: their threads have 128 registers each."""
+        return max(512 // self.threads, 1)
+
+    @property
     def row_fragments(self) -> int:
         """Fragments of 8 rows that a warp multiplies."""
         return self.rows // self.row_warps // 8

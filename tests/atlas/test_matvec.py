@@ -67,7 +67,7 @@ def test_rows_in_units(
     n_rows, crossing = s.matrix.n_rows, s.matrix.layout.per_page // blocks_per_row
     x = np.random.default_rng(3).standard_normal(s.matrix.n_cols).astype(np.float32)
     device_x = target.put(x)
-    # Groups are of 4 or 16 rows: parts of one, one and a part of the next, all about a page's end.
+    # Groups are of 4 or 8 rows: parts of one, one and a part of the next, all about a page's end.
     begins = {size: max(0, min(crossing, n_rows) - size // 2 - 1) for size in (1, 3, 5, 18)}
     for begin, end in {(first, min(first + size, n_rows)) for size, first in begins.items()}:
         y = target.full(n_rows + 1, np.nan, np.float32)
@@ -186,7 +186,7 @@ def test_several_matrices(
     ggml_type: GGMLQuantizationType,
     max_blocks: int,
 ) -> None:
-    """Groups of rows are of 4 or 16: parts of one, one whole, and several with a part."""
+    """Groups of rows are of 4 or 8: parts of one, one whole, and several with a part."""
     monkeypatch.setattr(matvec_kernels, "MAX_BLOCKS", max_blocks)
     for n_rows in ((16, 21, 3), (1, 17), (33,)):
         joint(target, ggml_type, *n_rows).check(target)
