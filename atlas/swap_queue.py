@@ -57,7 +57,7 @@ CHECK_BLOCKS = 1 if config.ENABLE_CUDASIM else 32
 _N_EVENTS = 64  # gathers to put compute behind; behind a later one than needed if it is longer ago
 _N_SPARE = 4  # events beyond. A loan's may be recorded anew even so: it then comes back later
 #: Whether shards are copied unless `SwapQueue.copy_shards` says so. Beside an H100 7B within 2.8 GB
-#: gave 4.2 tokens/s with copies, and 4.0 and 4.2 in two runs without.
+#: gave 3.4 and 4.2 tokens/s in two runs with copies, and 4.0 to 4.2 in three without.
 ARE_COPIED = False
 _N_LISTS = 1 << 16
 _LIST_NUMBERS = 1 << 12  # of lists that do not count upwards, together
