@@ -63,8 +63,8 @@ from forge.block_layouts import block_layout
 
 # 64 sums a thread (32 rows by 64 tokens a warp): 12 loads from shared memory serve 32
 # multiplications, which is about what shared memory can feed. Four blocks of 128 registers a thread
-# fit a multiprocessor: some compute while others wait. Of the tiles tried on an H100, 32 to 128 rows
-# by 64 to 256 tokens, it is the fastest for 512 tokens, or nearly so, for each type.
+# fit a multiprocessor: some compute while others wait. Of the tiles tried on an H100 (32 to 128
+# rows by 64 to 256 tokens) it is the fastest for 512 tokens, or nearly so, for each type.
 WIDE = Tile(64, 128, 1, 2)
 # A block for each of about as many multiprocessors as there are out of 4096 rows and few tokens,
 # each with 4 KiB of 8-bit weights and 16 KiB of tokens on their way.
