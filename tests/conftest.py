@@ -15,6 +15,7 @@ if config.ENABLE_CUDASIM:  # before test modules import kernels
     from tests.warp_simulator import install
 
     install()
+    from tests import quick_crc
 
 # Compiled code makes first calls slow, and a red test must be red for everyone: no deadline, and
 # the same examples on every machine.
@@ -38,6 +39,13 @@ _NOT_TRACED = (
 )  # fmt: skip
 
 
+#: Tests of the kernels that compute a page's CRC32, and of what measures them.
+_CHECKS_PAGES = (
+    "test_crc32.py", "test_gather.py", "test_swap.py", "test_read_words.py", "test_integrity.py",
+    "test_gpu_swap.py", "test_gpu_kernels.py",
+)  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where there is a device, what runs kernels is among what `-m gpu` selects."""
@@ -54,6 +62,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("cuda") is not None and not cuda_is_usable():
         pytest.skip(_NEEDS_CUDA)
+
+
+@pytest.fixture(autouse=True)
+def _quick_crc(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages are checked by zlib in the simulator, but where their checks are what is tested."""
+    if config.ENABLE_CUDASIM and request.path.name not in _CHECKS_PAGES:
+        quick_crc.install(monkeypatch)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -5,6 +5,7 @@ Values are typed as Numba types them (a ballot is an int32, `activemask` a uint3
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from types import FrameType, ModuleType, SimpleNamespace
@@ -121,6 +122,7 @@ def _gridsize(n_dim: int) -> Any:
     return size[0] if n_dim == 1 else size[:n_dim]
 
 
+@functools.cache
 def _dtype(dtype: Any) -> np.dtype:
     is_numba = isinstance(dtype, kernelapi.types.Type)
     return np.dtype(kernelapi.numpy_support.as_dtype(dtype) if is_numba else dtype)

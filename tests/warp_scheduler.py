@@ -205,7 +205,11 @@ class Launch:
 
 def poison(shape: Any, dtype: Any) -> np.ndarray:
     """A new array of 0xF5, 0xFF, 0xF5, ...: NaN in 16, 32 and 64 bits, and no likely integer."""
-    dtype = np.dtype(dtype)
+    return _poisoned(shape, np.dtype(dtype)).copy()
+
+
+@functools.lru_cache(maxsize=1000)  # each thread wants its own of the same few
+def _poisoned(shape: Any, dtype: np.dtype) -> np.ndarray:
     n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     pattern = np.full((n_bytes + 1) // 2, 0xFFF5, "<u2")
     return pattern.view(np.uint8)[:n_bytes].view(dtype).reshape(shape)
