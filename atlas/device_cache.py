@@ -3,8 +3,7 @@
 A step of compute uses a band of shards. What it wants are those and the next ones of the schedule,
 so that gathers run ahead of compute; the host queues swaps for the ones that are new in this window
 (`atlas.swap_queue`) and does not wait for compute. Whatever was wanted since the oldest shard of
-the window is not given up: a `lag` says how many selects back that is, so the arguments of a step
-are the same in every pass.
+the window is not given up: a `lag` says how many selects back that is.
 
 If a page does not hold, nothing of its swap is published and everything behind it does nothing; the
 compute that was queued runs on whatever is there. That is looked at before any result leaves the

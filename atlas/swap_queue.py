@@ -49,8 +49,8 @@ from forge.errors import GGUFShardError
 from forge.pages import PAGE_BYTES
 
 #: Blocks of a gather. Each has sixteen pages on the way: two blocks have what a bus of 64 GB/s with
-#: 2 us of latency holds. An H100 reads 2 % more with sixteen than with eight, and with 32 no more;
-#: the other processors of a card are left to compute.
+#: 2 us of latency holds. An H100 reads 3 to 5 % more with sixteen than with eight, and with 32 no
+#: more; the other processors of a card are left to compute.
 GATHER_BLOCKS = 1 if config.ENABLE_CUDASIM else 16
 #: And if copies have brought the pages, which device memory gives much faster.
 CHECK_BLOCKS = 1 if config.ENABLE_CUDASIM else 32

@@ -39,10 +39,9 @@ _NOT_TRACED = (
 )  # fmt: skip
 
 
-#: Tests of the kernels that compute a page's CRC32, and of what measures them.
+#: Tests of the kernel that computes the CRC32 of pages that come, and of what measures it.
 _CHECKS_PAGES = (
-    "test_crc32.py", "test_gather.py", "test_swap.py", "test_read_words.py", "test_integrity.py",
-    "test_gpu_swap.py", "test_gpu_kernels.py",
+    "test_gather.py", "test_swap.py", "test_integrity.py", "test_gpu_swap.py",
 )  # fmt: skip
 
 

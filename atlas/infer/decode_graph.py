@@ -49,8 +49,8 @@ class DecodeGraph:
             work()
             return
         if not self._has_run or (self._graph is None and not self._capture(work)):
-            self._has_run = True  # so everything is compiled
             work()
+            self._has_run = True  # so everything is compiled
             return
         assert self._graph is not None
         self._graph.launch()
@@ -59,6 +59,7 @@ class DecodeGraph:
     def drop(self) -> None:
         """Forget the captured pass: the next one is given something else."""
         self._graph = None
+        self._has_run = False
 
     def _capture(self, work: Callable[[], None]) -> bool:
         hits = self._cache.hits

@@ -271,7 +271,8 @@ class LlamaModel:
         if want_logits:
             last = row_of(b, n_tokens - 1, "h", "x", "delta")
             self._normalise(last, self.weights.output_norm, self._leaves_delta)
-            self.weights.multiply(self._activations.logits, self.weights.output, last["h"])
+            logits, output = self._activations.logits, self.weights.output
+            self.weights.multiply_all([logits], [output], last["h"])
         advance(self.target, self._device_position, n_tokens)
 
     @property

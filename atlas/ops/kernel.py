@@ -121,8 +121,10 @@ def _entry(body: Any, unpack: Any, n_words: int) -> Any:
     words = "".join(f"w{i}, " for i in range(n_words))
     # Numba takes no `*words` from a kernel: the entry is written with as many as there are.
     named = {"body": cuda.jit(device=True)(body), "unpack": unpack}
-    exec(f"def {body.__name__}({words}): body(*unpack(({words})))", named)
-    return named[body.__name__]
+    exec(f"def entry({words}): body(*unpack(({words})))", named)
+    entry: Any = named["entry"]
+    entry.__name__ = entry.__qualname__ = body.__name__
+    return entry
 
 
 # Packing, on the host

@@ -14,8 +14,9 @@ lose what they are kept for, and are left to the plain kernel.
 A block computes a tile of rows by tokens over slices of 32 columns. While its warps multiply one
 slice out of shared memory, the next is on its way: the weights as raw words in registers, decoded
 and stored when the multiplications are issued, the tokens by asynchronous copies. A product of few
-tiles has tiles of several planes instead, each a slice of its own with its own warps, whose sums
-are added in the end: more bytes are on their way at a time, and fewer steps follow each other.
+tiles or few tokens has tiles of several planes instead, each a slice of its own with its own warps,
+whose sums are added in the end: more bytes are on their way at a time, and fewer steps follow each
+other.
 
 There is a block for every tile, and no loop over tiles: what it would carry from one tile to the
 next are registers that the wide tile does not have.
@@ -31,6 +32,7 @@ from gguf import GGMLQuantizationType
 from numba import config, cuda, types
 
 from atlas.ops.block_halves import HALF_DECODERS, VALUES, plain_decoder
+from atlas.ops.checks import MAX_BLOCKS
 from atlas.ops.kernel import Kernel, kernel
 from atlas.ops.memory import store16, wait_for_copies
 from atlas.ops.paged import PageCache, PagedMatrix
@@ -69,7 +71,7 @@ WIDE = Tile(64, 128, 1, 2)
 # A block for each of about as many multiprocessors as there are out of 4096 rows and few tokens,
 # each with 4 KiB of 8-bit weights and 16 KiB of tokens on their way.
 NARROW = Tile(32, 64, 4, 1)
-#: For many tiles and for few.
+#: The wide one and the narrow one, see `tile_for`.
 TILES = (Tile(32, 32, 1, 1), Tile(16, 16, 2, 1)) if config.ENABLE_CUDASIM else (WIDE, NARROW)
 #: Tiles from which on wide ones pay: with fewer, multiprocessors have one at a time, or none.
 MIN_WIDE_TILES = 2 if config.ENABLE_CUDASIM else 256
@@ -94,8 +96,7 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
     n_weight_words, n_token_words = (2 * tile.planes * n * SLICE_WORDS for n in tile[:2])
     n_sums = tile.sums
     copy_tokens, add_planes, write_sums = copier(tile), plane_adder(tile), writer(tile)
-    multiply_add = mma_bf16 if kind == GGMLQuantizationType.BF16 else mma_f16
-    multiply = multiplier(tile, multiply_add)
+    multiply = multiplier(tile, mma_bf16 if kind == GGMLQuantizationType.BF16 else mma_f16)
 
     @kernel(
         types.float32[::1], types.uint32, types.uint32, types.uint32[::1], *[types.uint32] * 3,
@@ -150,9 +151,9 @@ def tensor_kernel(kind: GGMLQuantizationType, tile: Tile) -> Kernel:
         row = min(np.uint32(first_row + fetched_row), np.uint32(end - np.uint32(1)))
         column = np.uint32(plane * np.uint32(SLICE) + half * np.uint32(16))
         start = np.uint64(np.uint64(row) * np.uint64(n_cols) + np.uint64(column))
-        piece = np.uint64(start // np.uint64(elements))
-        page = np.uint32(first_page + np.uint32(piece // np.uint64(per_page)))
-        piece = np.uint32(piece % np.uint64(per_page))
+        before = np.uint64(start // np.uint64(elements))  # pieces of the matrix
+        page = np.uint32(first_page + np.uint32(before // np.uint64(per_page)))
+        piece = np.uint32(before % np.uint64(per_page))
         place = page_place(table, shard_shift, page)
 
         step = np.uint32(0)
@@ -214,15 +215,23 @@ _KERNELS = {
 def fits_tensor_cores(target: CudaTarget, w: PagedMatrix, scratch: Any) -> bool:
     """Whether `matmul_tensor` can multiply with a matrix.
 
-    The target must have tensor cores, rows must be whole slices of a type with a decoder, and the
-    scratch memory must hold a group of rounded tokens.
+    The target must have tensor cores, rows must be whole slices of a type with a decoder, no more
+    than a grid has room for, and the scratch memory must hold a group of rounded tokens.
     """
     return (
         target.has_tensor_cores
         and (w.ggml_type in PLAIN or w.ggml_type in HALF_DECODERS)
         and w.n_cols % SLICE == 0
+        and all(tile.grid_of(w.n_rows, 1)[1] <= MAX_BLOCKS for tile in TILES)
         and scratch.shape[0] >= words_of_group(w.n_cols)
     )
+
+
+def tile_for(n_rows: int, n_tokens: int) -> Tile:
+    """The tile that a product is cut into: narrow if wide ones would be few, or half empty."""
+    wide, narrow = TILES
+    are_many = math.prod(wide.grid_of(n_rows, n_tokens)) >= MIN_WIDE_TILES
+    return wide if are_many and n_tokens > narrow.tokens else narrow
 
 
 def matmul_tensor(
@@ -264,9 +273,7 @@ def _multiply(
     is_bfloat = w.ggml_type == GGMLQuantizationType.BF16
     rounding = round_to_bfloat_kernel if is_bfloat else round_to_half_kernel
     rounding.launch(target, -(-n_tokens // GROUP) * GROUP, ROUND_THREADS, x, scratch)
-    wide, narrow = TILES
-    is_wide = math.prod(wide.grid_of(n_rows, n_tokens)) >= MIN_WIDE_TILES
-    tile = wide if is_wide and n_tokens > narrow.tokens else narrow
+    tile = tile_for(n_rows, n_tokens)
     _KERNELS[w.ggml_type, tile].launch(
         target, tile.grid_of(n_rows, n_tokens), tile.threads,
         as_vector(y), n_tokens, y.shape[1], scratch, begin, end, w.n_cols,

@@ -183,7 +183,7 @@ def matvecs(
         if y.shape[0] < w.n_rows:
             raise ValueError(f"y has {y.shape[0]} elements, rows go to {w.n_rows}")
     ends = [w.n_rows for w in matrices]
-    if target.is_cuda and min(ends) and launch_units(target, ys, cache, matrices, x, 0, ends):
+    if target.is_cuda and all(ends) and launch_units(target, ys, cache, matrices, x, 0, ends):
         return
     for y, w in zip(ys, matrices, strict=True):
         matvec(target, y, cache, w, x)

@@ -15,8 +15,8 @@ from atlas.target import CudaTarget
 
 #: Copied before each measurement; with its copy, twice the L2 cache of any device so far.
 FLUSH_BYTES = (4 << 10) if config.ENABLE_CUDASIM else (128 << 20)
-#: How long the device is kept busy before a measurement. To queue a kernel takes the host 20 to
-#: 40 us (seen beside an H100); a measurement queues up to some tens.
+#: How long the device is kept busy before a measurement. To queue a kernel takes the host some
+#: 10 us (seen beside an H100); a measurement queues up to some tens.
 HOLD_NANOSECONDS = 1000 if config.ENABLE_CUDASIM else 2_000_000
 
 

@@ -119,18 +119,18 @@ def _plain_fetcher(kind: GGMLQuantizationType) -> Any:
         return load8_cached_at(np.uint64(base + np.uint64(slot << np.uint32(3))))
 
     @cuda.jit(device=True)
-    def fetch(pool, table, shard_shift, page, place, is_row_major, slot):
-        s1, s2 = np.uint32(slot + np.uint32(1)), np.uint32(slot + np.uint32(2))
-        s3 = np.uint32(slot + np.uint32(3))
+    def fetch(pool, table, shard_shift, page, place, is_row_major, piece):
+        s1, s2 = np.uint32(piece + np.uint32(1)), np.uint32(piece + np.uint32(2))
+        s3 = np.uint32(piece + np.uint32(3))
         if s3 < groups_per_page:
             base = multiply_add_wide(place, np.uint32(PAGE_BYTES), pool)
-            at = np.uint64(base + np.uint64(slot << np.uint32(3)))
+            at = np.uint64(base + np.uint64(piece << np.uint32(3)))
             w0, w1 = load8_cached_at(at)
             w2, w3 = load8_cached_at(np.uint64(at + np.uint64(8)))
             w4, w5 = load8_cached_at(np.uint64(at + np.uint64(16)))
             w6, w7 = load8_cached_at(np.uint64(at + np.uint64(24)))
         else:
-            w0, w1 = group(pool, table, shard_shift, page, place, slot)
+            w0, w1 = group(pool, table, shard_shift, page, place, piece)
             w2, w3 = group(pool, table, shard_shift, page, place, s1)
             w4, w5 = group(pool, table, shard_shift, page, place, s2)
             w6, w7 = group(pool, table, shard_shift, page, place, s3)

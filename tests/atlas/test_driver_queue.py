@@ -113,6 +113,16 @@ def test_a_kernel_is_compiled_once_and_launched_with_its_words(
 
 
 @pytest.mark.usefixtures("contexts")
+def test_a_grid_may_have_two_dimensions() -> None:
+    driver, known, unknown = Driver(), Launched(77), Launched(None)
+    queue = DriverQueue(driver)
+    for kernel in (known, unknown):
+        queue.launch(kernel, (3, 4), 128, 5, [1, 2])
+    assert driver.launches == [("function 77", [3, 4, 1, 128, 1, 1], 0, 5, [1, 2], 0)]
+    assert unknown.launched == [(((3, 4), 128, 5), (1, 2))]
+
+
+@pytest.mark.usefixtures("contexts")
 def test_kernels_of_any_number_of_words_are_launched_in_turns() -> None:
     driver = Driver()
     queue = DriverQueue(driver)

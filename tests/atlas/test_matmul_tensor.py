@@ -6,6 +6,7 @@ own. On a GPU without tensor cores nothing here runs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -98,27 +99,49 @@ def test_any_number_of_rows(target: CudaTarget, n_rows: int) -> None:
     check(target, matrix(target, Q.Q4_0), 2, 3, 3 + n_rows)
 
 
-@pytest.mark.parametrize("ggml_type", [Q.Q8_0, Q.Q6_K, Q.BF16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("ggml_type", TYPES, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("number", [0, 1], ids=["wide", "narrow"])
 def test_either_tile(
     target: CudaTarget, monkeypatch: pytest.MonkeyPatch, number: int, ggml_type: Q
 ) -> None:
-    """More than one tile both ways, but of the type that takes long to emulate."""
-    monkeypatch.setattr(op, "MIN_WIDE_TILES", number * 1000)
-    s, tile = matrix(target, ggml_type), op.TILES[number]
-    n_tokens, n_rows = (2, 3) if ggml_type == Q.Q6_K else (tile.tokens + 1, tile.rows + 1)
-    check(target, s, n_tokens, 0, min(n_rows, s.matrix.n_rows))
+    """Across a page's end; more than one tile both ways of the types that are fast to emulate."""
+    tile = op.TILES[number]
+    monkeypatch.setattr(op, "TILES", (tile, tile))
+    s = matrix(target, ggml_type)
+    is_fast = ggml_type in (Q.Q8_0, Q.BF16)
+    n_tokens, n_rows = (tile.tokens + 1, tile.rows + 1) if is_fast else (2, 3)
+    begin = max(s.matrix.layout.per_page // s.matrix.blocks_per_row - 1, 0)
+    check(target, s, n_tokens, begin, min(begin + n_rows, s.matrix.n_rows))
+
+
+def test_the_wide_tile_is_for_many_tiles_and_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "TILES", (op.WIDE, op.NARROW))
+    monkeypatch.setattr(op, "MIN_WIDE_TILES", 256)
+    assert op.tile_for(128 * 64, 129) == op.WIDE
+    assert op.tile_for(128 * 64, 128) == op.tile_for(127 * 64, 256) == op.NARROW
+    assert op.tile_for(256 * 64, 65) == op.WIDE
+    assert op.tile_for(1 << 20, 64) == op.NARROW  # half of a wide one would be empty
+
+
+def test_more_rows_than_a_grid_has_room_for(target: CudaTarget) -> None:
+    s = matrix(target, Q.Q8_0)
+    scratch = target.full(words_of_group(s.matrix.n_cols), 0, np.float32)
+    most = 65535 * min(tile.rows for tile in op.TILES)
+    assert op.fits_tensor_cores(target, replace(s.matrix, n_rows=most), scratch)
+    assert not op.fits_tensor_cores(target, replace(s.matrix, n_rows=most + 1), scratch)
 
 
 @pytest.mark.parametrize("tile", [op.WIDE, op.NARROW], ids=str)
 def test_tiles_of_a_gpu(target: CudaTarget, monkeypatch: pytest.MonkeyPatch, tile: op.Tile) -> None:
-    """What the simulator's small tiles stand for, once over a few columns."""
+    """What the simulator's small tiles stand for, over a few columns: more than a step, and not
+    enough for all planes of the second."""
     monkeypatch.setattr(op, "TILES", (tile, tile))
     kernel = op.tensor_kernel(Q.F16, tile)
     monkeypatch.setitem(op._KERNELS, (Q.F16, tile), kernel)
-    s = sample(target, Q.F16, "column_major", 32)
-    x = tokens(20, s)
-    assert_within_bound(s, product(target, s, x, 0, 61), x, 0, 61)
+    s = sample(target, Q.F16, "column_major", 160)
+    x = tokens(50, s)
+    end = min(61, s.matrix.n_rows)
+    assert_within_bound(s, product(target, s, x, 0, end), x, 0, end)
 
 
 def test_a_matrix_that_ends_with_the_last_page(target: CudaTarget) -> None:

@@ -47,7 +47,7 @@ UNIT_CASES = {
     GGMLQuantizationType.F32: (2, 46, 128, 1022 + 6),
     GGMLQuantizationType.F16: (4, 44, 68, 256, 2044 + 4),
     GGMLQuantizationType.BF16: (4, 44, 68, 256, 2044 + 4),
-    GGMLQuantizationType.Q8_0: (1, 7, 8, 120 + 3),
+    GGMLQuantizationType.Q8_0: (1, 7, 16, 120 + 3),
     GGMLQuantizationType.Q4_0: (1, 7, 16, 227 + 1),
 }
 
@@ -201,6 +201,7 @@ def test_several_matrices_are_one_launch_where_they_can_be(cuda_target: CudaTarg
     kind = GGMLQuantizationType.Q8_0
     assert launches(joint(cuda_target, kind, 3, 2, 1)) == 1
     assert launches(joint(cuda_target, kind, 3, 2, 1, 4)) == 4
+    assert launches(joint(cuda_target, kind, 3, 0, 1)) == 2  # no rows, no kernel
     mixed = joint(cuda_target, kind, 3, 2)
     mixed.matrices[1] = replace(
         mixed.matrices[1], layout=block_layout(GGMLQuantizationType.Q4_0, "column_major")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from atlas.errors import BudgetError
 from atlas.infer.config import LlamaConfig
 from atlas.infer.weights import Weights, execution_order, vector_bytes
 from atlas.manager import Atlas
-from atlas.target import CpuTarget
+from atlas.target import CpuTarget, CudaTarget
 from forge.errors import GGUFShardError
 from forge.sgmap_reader import load_map
 from forge.sharded_model import ShardedModel
@@ -91,6 +92,61 @@ def test_products(weights: tuple[Weights, NaiveLlama], n_tokens: int) -> None:
         of_pages.multiply(y, w, x)
         want = x.astype(np.float64) @ naive.tensors[name].T
         np.testing.assert_allclose(y, want, atol=1e-5)
+
+
+QKV = ("attn_q", "attn_k", "attn_v")
+
+
+@pytest.mark.parametrize(
+    ("budget", "types", "n_launches"),
+    [
+        pytest.param("100%", {}, 1, id="resident"),
+        pytest.param("100%", {"blk.0.attn_v.weight": Types.F32}, 3, id="of two types"),
+        pytest.param("60%", {}, None, id="within a budget"),
+    ],
+)
+def test_matrices_with_one_x_are_one_launch_where_all_is_resident(
+    cuda_target: CudaTarget,
+    tmp_path: Path,
+    budget: str,
+    types: dict[str, Types],
+    n_launches: int | None,
+) -> None:
+    path, map_path = shard_llama(tmp_path, replace(DENSE, types=types))
+    config, order = config_of(map_path), execution_order(load_map(map_path), config_of(map_path))
+    naive = NaiveLlama(path)
+    rng = np.random.default_rng(0)
+    with Atlas(ShardedModel(map_path), cuda_target, parse_size(budget), order=order) as atlas:
+        weights = Weights(atlas, config, cuda_target.full(1 << 12, np.nan, np.float32))
+        matrices = [weights.layers[0][stem] for stem in QKV]
+        x = rng.standard_normal((1, config.n_embd), dtype=np.float32)
+        device_x = cuda_target.put(x)
+
+        def products(multiply: Callable[[list[Any]], None]) -> tuple[list[np.ndarray], int, int]:
+            """The products, the kernels launched for them, and the shards found resident."""
+            ys = [cuda_target.full((1, w.n_rows), np.nan, np.float32) for w in matrices]
+            weights.multiply(ys[0], matrices[0], device_x)  # of which the last band is in use
+            hits, launched = atlas.stats.reuse_hits, cuda_target.n_launches
+            multiply(ys)
+            launched = cuda_target.n_launches - launched
+            return [cuda_target.get(y) for y in ys], launched, atlas.stats.reuse_hits - hits
+
+        def one_by_one(ys: list[Any]) -> None:
+            for y, w in zip(ys, matrices, strict=True):
+                weights.multiply(y, w, device_x)
+
+        together, n_together, hits = products(
+            lambda ys: weights.multiply_all(ys, matrices, device_x)
+        )
+        apart, n_apart, hits_apart = products(one_by_one)
+        for stem, y, other in zip(QKV, together, apart, strict=True):
+            want = x.astype(np.float64) @ naive.tensors[f"blk.0.{stem}.weight"].T
+            np.testing.assert_allclose(y, want, atol=1e-5)
+            np.testing.assert_array_equal(y, other)
+    if n_launches is None:
+        assert n_together >= 3
+    else:
+        assert (n_together, n_apart, hits) == (n_launches, 3, hits_apart)
 
 
 def test_rows_and_vectors(weights: tuple[Weights, NaiveLlama]) -> None:
