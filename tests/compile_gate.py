@@ -23,6 +23,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import multiprocessing
+import os
 import pkgutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,8 +43,6 @@ ARCHITECTURES = ((7, 5), (8, 0), (9, 0))
 NUMBA_CUDA_SERIES = "0.30."  # whose internals `offline` knows
 
 NOTHING_CHECKED = 3
-
-_PARTS = 2  # of an architecture's kernels: even work for two processes, where there are three
 
 
 @dataclass(frozen=True)
@@ -127,42 +126,55 @@ def listed(name: str, kernel: Any) -> Listed:
     return Listed(name, kernel.entry, kernel.entry_types, kernel.min_capability)
 
 
-def judge(some_kernels: Iterable[Listed], capability: tuple[int, int]) -> list[Verdict]:
-    """Compile kernels for a compute capability and say what became of each."""
-    architecture = _architecture(capability)
+def judge(some_kernels: Iterable[Listed], *capabilities: tuple[int, int]) -> list[Verdict]:
+    """Compile kernels for compute capabilities and say what became of each."""
     verdicts = []
     for kernel in some_kernels:
-        if capability < kernel.min_capability:
-            needs = _architecture(kernel.min_capability)
-            verdicts.append(Verdict(kernel.name, architecture, needs=needs))
-            continue
-        try:
-            resources = compile_offline(kernel.entry, kernel.signature, capability)
-        except Exception as error:  # whatever the compiler raises is this kernel's verdict
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            verdicts.append(Verdict(kernel.name, architecture, error=reason))
-        else:
-            verdicts.append(Verdict(kernel.name, architecture, resources))
+        compiled = OfflineKernel(kernel.entry, kernel.signature)
+        verdicts += [_verdict(kernel, compiled, capability) for capability in capabilities]
     return verdicts
+
+
+def _verdict(kernel: Listed, compiled: OfflineKernel, capability: tuple[int, int]) -> Verdict:
+    architecture = _architecture(capability)
+    if capability < kernel.min_capability:
+        return Verdict(kernel.name, architecture, needs=_architecture(kernel.min_capability))
+    try:
+        return Verdict(kernel.name, architecture, compiled.resources(capability))
+    except Exception as error:  # whatever the compiler raises is this kernel's verdict
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Verdict(kernel.name, architecture, error=reason)
 
 
 def _architecture(capability: tuple[int, int]) -> str:
     return f"sm_{capability[0]}{capability[1]}"
 
 
-def compile_offline(
-    kernel: Any, signature: tuple[Any, ...], capability: tuple[int, int]
-) -> Resources:
-    """What a `@cuda.jit` kernel takes on an architecture that need not be here."""
-    from numba.cuda.dispatcher import _Kernel
+class OfflineKernel:
+    """A `@cuda.jit` kernel, compiled for architectures that need not be here.
 
-    with offline(capability):
+    Python becomes LLVM's code once, which takes four times as long as the rest. numba-cuda makes
+    the same of it for all that the gate knows: in that step it asks whether a capability is below
+    6.0, and for a `tanh` whether it is below 7.5.
+    """
+
+    def __init__(self, kernel: Any, signature: tuple[Any, ...]) -> None:
+        self._kernel, self._signature = kernel, signature
+        self._compiled: Any = None
+
+    def resources(self, capability: tuple[int, int]) -> Resources:
+        """What it takes on an architecture."""
+        from numba.cuda.dispatcher import _Kernel
+
         # As on a first launch, less the step that loads the cubin into a device. Link-time
         # optimisation is what numba-cuda chooses itself wherever nvJitLink is found; it also
         # spares the PTX assembler of the driver, which may be older than NVVM.
-        compiled = _Kernel(kernel.py_func, signature, **{**kernel.targetoptions, "lto": True})
-        cubin = bytes(compiled._codelibrary.get_cubin().code)
-    return cubin_resources(cubin)[compiled.entry_name]
+        with offline(capability):
+            if self._compiled is None:
+                options = {**self._kernel.targetoptions, "lto": True}
+                self._compiled = _Kernel(self._kernel.py_func, self._signature, **options)
+            cubin = bytes(self._compiled._codelibrary.get_cubin().code)
+        return cubin_resources(cubin)[self._compiled.entry_name]
 
 
 @contextmanager
@@ -216,19 +228,15 @@ def report(verdicts: Sequence[Verdict], ceilings_path: Path, *, update: bool = F
     return 1 if failed or complaints or not found else 0
 
 
-def _judge_part(part: tuple[tuple[int, int], int]) -> list[Verdict]:
-    capability, first = part
-    return judge(list(kernels())[first::_PARTS], capability)
+def _judge_part(part: slice) -> list[Verdict]:
+    return judge(list(kernels())[part], *ARCHITECTURES)
 
 
 def judge_all() -> list[Verdict]:
-    """Verdicts on all kernels for all architectures, by name.
-
-    Every part has a process of its own: device functions are compiled once in a process, for the
-    architecture that first asked.
-    """
-    parts = [(capability, first) for capability in ARCHITECTURES for first in range(_PARTS)]
-    with multiprocessing.get_context("spawn").Pool(maxtasksperchild=1) as pool:
+    """Verdicts on all kernels for all architectures, by name; a part of them by each processor."""
+    n = os.cpu_count() or 1
+    parts = [slice(first, None, n) for first in range(n)]
+    with multiprocessing.get_context("spawn").Pool(n) as pool:
         verdicts = [v for judged in pool.map(_judge_part, parts, chunksize=1) for v in judged]
     return sorted(verdicts, key=lambda verdict: (verdict.kernel, verdict.architecture))
 

@@ -18,7 +18,7 @@ import atlas.ops
 from atlas.ops.kernel import Kernel, kernel
 from tests import compile_ceilings, compile_gate
 from tests.compile_ceilings import Ceiling, Ceilings
-from tests.compile_gate import Listed, Verdict, compile_offline, judge, listed, report
+from tests.compile_gate import Listed, OfflineKernel, Verdict, judge, listed, report
 from tests.cubin import Resources, cubin_resources
 
 SIGNATURE = (types.float32[::1], types.int64)
@@ -72,7 +72,7 @@ def mistyped_kernel(a, n):
 
 @needs_compiler
 def test_resources_of_a_sound_kernel() -> None:
-    found = compile_offline(sound_kernel, SIGNATURE, CAPABILITY)
+    found = OfflineKernel(sound_kernel, SIGNATURE).resources(CAPABILITY)
     assert found.frame == 0
     assert found.shared == 256 * 4
     assert 8 <= found.registers <= 64
@@ -82,17 +82,25 @@ def test_resources_of_a_sound_kernel() -> None:
 @needs_compiler
 def test_hopper_reserves_shared_memory() -> None:
     """From compute capability 9.0 on the system takes 1 KiB of each block's shared memory."""
-    assert compile_offline(sound_kernel, SIGNATURE, (9, 0)).shared == 256 * 4 + 1024
+    assert OfflineKernel(sound_kernel, SIGNATURE).resources((9, 0)).shared == 256 * 4 + 1024
+
+
+@needs_compiler
+def test_architectures_that_are_compiled_for_together_differ_as_they_do_apart() -> None:
+    kernels = [Listed("sound", sound_kernel, SIGNATURE)]
+    apart = [judge(kernels, capability)[0] for capability in compile_gate.ARCHITECTURES]
+    assert judge(kernels, *compile_gate.ARCHITECTURES) == apart
+    assert len({str(verdict) for verdict in apart}) == len(apart)
 
 
 @needs_compiler
 def test_frame_of_a_local_array() -> None:
-    assert compile_offline(local_array_kernel, SIGNATURE, CAPABILITY).frame >= 64 * 4
+    assert OfflineKernel(local_array_kernel, SIGNATURE).resources(CAPABILITY).frame >= 64 * 4
 
 
 @needs_compiler
 def test_launch_options_of_the_kernel_are_kept() -> None:
-    assert compile_offline(spilling_kernel, SIGNATURE, CAPABILITY).registers <= 24
+    assert OfflineKernel(spilling_kernel, SIGNATURE).resources(CAPABILITY).registers <= 24
 
 
 @needs_compiler
