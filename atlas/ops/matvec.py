@@ -135,10 +135,7 @@ def matvec(
     """
     end = w.n_rows if end is None else end
     check_range(w.name, begin, end, w.n_rows)
-    check_array("x", x, np.float32, (w.n_cols,))
-    check_array("y", y, np.float32, (None,))
-    if y.shape[0] < end:
-        raise ValueError(f"y has {y.shape[0]} elements, rows go to {end}")
+    _check_vectors(y, w, x, end)
     if target.is_cuda and begin < end and launch_units(target, [y], cache, [w], x, begin, [end]):
         return
     matrix = matrix_arguments(cache, w)
@@ -154,6 +151,14 @@ def matvec(
     else:
         parallel = (end - begin) * w.n_cols >= SERIAL_WEIGHTS
         _loop(int(w.ggml_type), parallel)(y, x, begin, end, *matrix)
+
+
+def _check_vectors(y: Any, w: PagedMatrix, x: Any, end: int) -> None:
+    """Raise unless x is as wide as a matrix, and y has room for rows up to `end`."""
+    check_array("x", x, np.float32, (w.n_cols,))
+    check_array("y", y, np.float32, (None,))
+    if y.shape[0] < end:
+        raise ValueError(f"y has {y.shape[0]} elements, rows go to {end}")
 
 
 def matvecs(
@@ -178,10 +183,7 @@ def matvecs(
         If a matrix has a type that cannot be computed with.
     """
     for y, w in zip(ys, matrices, strict=True):
-        check_array("x", x, np.float32, (w.n_cols,))
-        check_array("y", y, np.float32, (None,))
-        if y.shape[0] < w.n_rows:
-            raise ValueError(f"y has {y.shape[0]} elements, rows go to {w.n_rows}")
+        _check_vectors(y, w, x, w.n_rows)
     ends = [w.n_rows for w in matrices]
     if target.is_cuda and all(ends) and launch_units(target, ys, cache, matrices, x, 0, ends):
         return

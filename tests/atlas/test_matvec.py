@@ -212,14 +212,14 @@ def test_several_matrices_are_one_launch_where_they_can_be(cuda_target: CudaTarg
     assert cuda_target.n_launches - before == 2
 
 
-def test_a_y_that_is_too_short_is_refused() -> None:
-    target = CpuTarget()
+def test_vectors_that_do_not_fit_are_refused(target: Target) -> None:
     j = joint(target, GGMLQuantizationType.F16, 5, 7)
-    ys = [np.zeros(n, np.float32) for n in (5, 6)]
+    ys = [target.full(n, np.nan, np.float32) for n in (5, 6)]
     with pytest.raises(ValueError, match="y has 6 elements, rows go to 7"):
-        matvecs(target, ys, j.cache, j.matrices, j.x)
+        matvecs(target, ys, j.cache, j.matrices, target.put(j.x))
     with pytest.raises(ValueError, match="x has shape"):
-        matvecs(target, ys, j.cache, j.matrices, j.x[1:])
+        matvecs(target, ys, j.cache, j.matrices, target.put(j.x[1:]))
+    assert all(np.isnan(target.get(y)).all() for y in ys)
 
 
 @pytest.mark.parametrize("memory_layout", MEMORY_LAYOUTS)
