@@ -43,7 +43,7 @@ from delta.compression import compress_streams, decompress
 from delta.exponent_sort import add_sorted_difference, sorted_difference
 from delta.mode_choice import MODE_NAMES, ORDERED, RAW, SPARSE, XOR, choose_modes
 from delta.small_steps import check_pairs, count_pairs, put_pairs, take_pairs
-from forge.buffers import scratch
+from forge.buffers import recycled, scratch
 from forge.errors import GGUFShardError
 from forge.jit import cached_njit
 
@@ -161,12 +161,12 @@ def decode(
     _check_mode(kind, mode)
     if mode == RAW:
         check_pages(kind, lengths)
-        return join_planes(kind, streams, np.empty(lengths.sum(), np.uint8))
+        return join_planes(kind, streams, recycled(int(lengths.sum())))
     check_pages(kind, lengths, base)
     assert base is not None
     if mode != ORDERED:
         return _apply_xor(kind, mode, streams, base, lengths)
-    pages = np.empty(base.size, np.uint8)
+    pages = recycled(base.size)
     if symmetric or not kind.exponent_bits:
         join_planes(kind, streams, pages)
         return add_ordered_difference(kind, base, pages, pages)
@@ -196,7 +196,7 @@ def decode_reverse(
         raise GGUFShardError("mode raw does not lead back to the base")
     if mode != ORDERED:
         return _apply_xor(kind, mode, streams, target, lengths)
-    pages = join_planes(kind, streams, np.empty_like(target))
+    pages = join_planes(kind, streams, recycled(target.size))
     return add_ordered_difference(kind, target, pages, pages, backwards=True)
 
 
@@ -205,7 +205,7 @@ def _apply_xor(kind: ElementKind, mode: int, streams: Sequence[np.ndarray],
     """One side from the other, XOR or SPARSE."""
     if mode == SPARSE:
         return _decode_sparse(streams, known, lengths)
-    other = join_planes(kind, streams, np.empty_like(known))
+    other = join_planes(kind, streams, recycled(known.size))
     return np.bitwise_xor(other, known, out=other)
 
 

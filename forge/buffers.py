@@ -9,6 +9,8 @@ offset, for writing the same bytes back to it, too.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 
 from forge.pages import PAGE_BYTES
@@ -17,7 +19,10 @@ from forge.thread_things import ThreadThings
 _LARGE = 1 << 15  # below it the call costs more than the copy
 _ALIGNMENT = 64
 
+_MOST_FREE = 8  # arrays
+
 _things = ThreadThings()
+_free: list[np.ndarray] = []
 
 
 class ReadBuffer:
@@ -78,6 +83,47 @@ def scratch(name: str, n_bytes: int, offset: int = 0) -> np.ndarray:
     return buffers[name].at(offset, n_bytes)
 
 
+class _Loan:
+    """Memory that an array lies in: free for another when the last view of the array is gone."""
+
+    def __init__(self, memory: np.ndarray, free: list[np.ndarray]) -> None:
+        self._memory, self._free = memory, free
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        if len(self._free) < _MOST_FREE:
+            self._free.append(self._memory)
+
+
+def recycled(n_bytes: int) -> np.ndarray:
+    """Memory for what one thread makes and another uses up, uint8 [n_bytes].
+
+    It is what an earlier such array had that nobody can see any more, or new.
+
+    Examples
+    --------
+    >>> array = recycled(1 << 20)
+    >>> place, part = array.ctypes.data, array[1000:]
+    >>> del array
+    >>> recycled(1 << 20).ctypes.data == place
+    False
+    >>> del part
+    >>> recycled(1 << 20).ctypes.data == place
+    True
+    """
+    if n_bytes < _LARGE:
+        return np.empty(n_bytes, np.uint8)
+    memory = None
+    with suppress(IndexError):
+        memory = _free.pop()
+    if memory is None or memory.size < n_bytes:
+        memory = np.empty(n_bytes, np.uint8)
+    return np.asarray(_Loan(memory, _free))[:n_bytes]
+
+
 def forget_scratch() -> None:
-    """Give back this thread's scratch memory, and what ended threads have left."""
+    """Give back this thread's scratch memory, what ended threads have left, and what is free or
+    becomes free of `recycled`."""
+    global _free
     _things.forget()
+    _free = []  # what is still in use goes to the old list, and with it
