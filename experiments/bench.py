@@ -36,6 +36,7 @@ from forge.errors import GGUFShardError
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _PROJECT = Path(__file__).resolve().parent.parent
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -242,15 +243,20 @@ def slug(text: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's model name."""
+    """The processor's model name; where that says no model, as in some virtual machines, with
+    Linux' numbers of its family and model."""
+    said: dict[str, str] = {}
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        with open(_CPU_INFO, encoding="utf-8") as lines:
             for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+                key, _, value = line.partition(":")
+                said.setdefault(key.strip(), value.strip())
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    name = said.get("model name") or platform.processor() or platform.machine()
+    if not re.search("[0-9]", name) and {"cpu family", "model"} <= said.keys():
+        name += f" (family {said['cpu family']}, model {said['model']})"
+    return name
 
 
 def _git(*arguments: str) -> str | None:

@@ -137,6 +137,18 @@ def test_environment_names_hardware_and_versions_only() -> None:
     assert bench.machine_name() == bench.slug(bench.machine_name()) != ""
 
 
+@pytest.mark.parametrize(
+    "name, expected", [("AMD EPYC", "AMD EPYC (family 26, model 2)"), ("Core i9-14900K",) * 2]
+)
+def test_a_processor_is_named_by_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: str
+) -> None:
+    core = f"cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {name}\n\n"
+    (tmp_path / "cpuinfo").write_text(core * 2)
+    monkeypatch.setattr(bench, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert bench.cpu_name() == expected
+
+
 def test_outside_a_repository_there_is_no_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
