@@ -7,7 +7,7 @@ whoever writes the target may trust it: each page is kept, copied, or stored, an
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -244,11 +244,17 @@ class BoundPatch:
         headers: list[GGUFHeader] = []
         self.header_bytes: list[bytes] = []
         for part, (edit, file) in enumerate(zip(self._way.headers, self.files, strict=True)):
-            origin = self.base.header_bytes(min(part, len(self.base.names) - 1))
+            like = min(part, len(self.base.names) - 1)
+            origin, known = self.base.header_bytes(like), self.base.headers[like]
             data = decode_header(edit, origin, self.patch.path)
             if len(data) > file.bytes:
                 raise self._fail(f"header {part}: {len(data)} bytes in a file of {file.bytes}")
-            header = parse_header(data, f"{self.patch.path}: {printable(file.name)}", file.bytes)
+            name = f"{self.patch.path}: {printable(file.name)}"
+            if data == origin and file.bytes == known.file_bytes:
+                # A large vocabulary takes long to parse.
+                header = replace(known, name=name, identity=None)
+            else:
+                header = parse_header(data, name, file.bytes)
             if header.header_bytes != len(data):
                 raise self._fail(f"header {part}: {len(data) - header.header_bytes} bytes too many")
             headers.append(header)

@@ -101,10 +101,11 @@ class _Cursor:
     """Bounded reads from the start of a file; every error names file, offset and field."""
 
     def __init__(self, data: Any, name: str) -> None:
-        self.data = data
+        # Of bytes a slice is one copy, of a bytearray two.
+        self.data = bytes(memoryview(data)[:MAX_HEADER_BYTES])
         self.name = name
         self.offset = 0
-        self.end = min(len(data), MAX_HEADER_BYTES)
+        self.end = len(self.data)
 
     @property
     def remaining(self) -> int:
@@ -116,7 +117,7 @@ class _Cursor:
     def take(self, n_bytes: int, field: str) -> bytes:
         if n_bytes > self.remaining:
             raise self.fail(field, f"needs {n_bytes} bytes, {self.remaining} remain")
-        data = bytes(self.data[self.offset : self.offset + n_bytes])
+        data = self.data[self.offset : self.offset + n_bytes]
         self.offset += n_bytes
         return data
 
@@ -155,7 +156,7 @@ class _Cursor:
                 self.offset = offset
                 raise self.fail(f"{field}[{i}]", f"length {length} does not fit in the file")
             offset = start + length
-            items.append(bytes(data[start:offset]).decode("utf-8", "surrogateescape"))
+            items.append(data[start:offset].decode("utf-8", "surrogateescape"))
         self.offset = offset
         return items
 
@@ -276,7 +277,7 @@ def parse_header(data: Any, name: str, file_bytes: int | None = None) -> GGUFHea
     Parameters
     ----------
     data
-        Bytes (or an mmap) that begin with the header.
+        Bytes that begin with the header.
     name
         What errors call the file.
     file_bytes
