@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -22,12 +23,13 @@ def best_seconds(work: Callable[[], object]) -> float:
     """Time of the fastest run out of at least three, and of half a second's worth: a limit must not
     be too low because the machine was briefly busy."""
     work()
-    times: list[float] = []
-    while len(times) < _REPEATS or sum(times) < _SECONDS:
+    n_runs, total, best = 0, 0.0, math.inf
+    while n_runs < _REPEATS or total < _SECONDS:
         started = time.perf_counter()
         work()
-        times.append(time.perf_counter() - started)
-    return min(times)
+        seconds = time.perf_counter() - started
+        n_runs, total, best = n_runs + 1, total + seconds, min(best, seconds)
+    return best
 
 
 class Best:
