@@ -1,4 +1,4 @@
-"""The checksum of a page, folded and sliced, against zlib."""
+"""The checksum of a page, folded by each width and sliced, against zlib."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,18 +16,22 @@ from hypothesis.extra import numpy as hnp
 from numba.core import config
 
 from forge import crc32
-from forge.crc32 import CONTENT_BYTES, crc32_pages, has_carryless_multiply
+from forge.crc32 import CONTENT_BYTES, crc32_pages, possible_ways
 from tests import naive
 
 POISON = 0xDEADBEEF
 
 
 def twins() -> list[object]:
+    here = possible_ways()
     compiled = pytest.mark.skipif(bool(config.DISABLE_JIT), reason="the compiler is off")
-    has_pclmul = pytest.mark.skipif(not has_carryless_multiply(), reason="no pclmulqdq here")
     return [
-        pytest.param(crc32._crc32_sliced, marks=compiled, id="sliced"),
-        pytest.param(crc32._crc32_folded, marks=[compiled, has_pclmul], id="folded"),
+        pytest.param(
+            way,
+            marks=[compiled, pytest.mark.skipif(way not in here, reason=f"needs {sorted(needed)}")],
+            id=way.__name__,
+        )
+        for way, needed in crc32._WAYS
     ]
 
 
@@ -63,6 +68,29 @@ def test_each_twin_equals_zlib_on_any_content(twin: object, pattern: bytes, shif
     content = np.resize(np.frombuffer(pattern, np.uint8), CONTENT_BYTES)
     content[:shift] = 0
     assert crc_by(twin, content) == zlib.crc32(content)
+
+
+@pytest.mark.parametrize(
+    "features, expected",
+    [
+        ([], ["_crc32_sliced"]),
+        (["avx2", "avx512f"], ["_crc32_sliced"]),
+        (["pclmul", "avx2"], ["_crc32_by_128", "_crc32_sliced"]),
+        (["pclmul", "vpclmulqdq"], ["_crc32_by_128", "_crc32_sliced"]),
+        (["pclmul", "avx512f", "avx2"], ["_crc32_by_128", "_crc32_sliced"]),
+        (["pclmul", "vpclmulqdq", "avx2"], ["_crc32_by_256", "_crc32_by_128", "_crc32_sliced"]),
+        (
+            ["pclmul", "vpclmulqdq", "avx2", "avx512f"],
+            ["_crc32_by_512", "_crc32_by_256", "_crc32_by_128", "_crc32_sliced"],
+        ),
+    ],
+)
+def test_a_way_needs_its_features(features: list[str], expected: list[str]) -> None:
+    assert [way.__name__ for way in possible_ways(features)] == expected
+
+
+def test_the_fastest_way_is_taken() -> None:
+    assert crc32.crc32_content is possible_ways()[0]
 
 
 @given(pages=hnp.arrays(np.uint8, (2, 4096), fill=st.integers(0, 255)))
@@ -111,3 +139,23 @@ def test_without_the_compiler() -> None:
         text=True,
     )
     assert (run.returncode, run.stdout) == (0, "same\n"), run.stderr
+
+
+@pytest.mark.parametrize("variable", ["NUMBA_CPU_NAME=generic", "NUMBA_ENABLE_AVX=0"])
+def test_only_what_the_compiler_may_use(variable: str, tmp_path: Path) -> None:
+    """An instruction that it may not use would end the process."""
+    program = (
+        "import zlib, numpy as np\n"
+        "from forge.crc32 import crc32_content, crc32_pages\n"
+        "pages = np.arange(3 * 4096, dtype=np.uint32).astype(np.uint8).reshape(3, 4096)\n"
+        "assert crc32_pages(pages).tolist() == [zlib.crc32(p[:4088]) for p in pages]\n"
+        "print(crc32_content.__name__)\n"
+    )
+    name, _, value = variable.partition("=")
+    environment = {**os.environ, name: value, "NUMBA_CACHE_DIR": str(tmp_path)}
+    environment.pop("NUMBA_DISABLE_JIT", None)
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() in {"_crc32_by_128", "_crc32_sliced"}
