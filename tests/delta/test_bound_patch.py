@@ -10,6 +10,10 @@ import pytest
 
 from delta.apply import apply_patch
 from delta.apply_in_place import update_in_place
+from delta.bound_patch import BoundPatch
+from delta.diff import create_patch
+from delta.patch_file import PatchReader
+from delta.source_model import open_source
 from experiments.validation import gguf_factory as factory
 from experiments.validation import hostile_patches as hostile
 from experiments.validation.hostile_patches import (
@@ -23,6 +27,7 @@ from experiments.validation.hostile_patches import (
 )  # fmt: skip
 from experiments.validation.unbound_patches import ALL
 from forge.errors import GGUFShardError
+from forge.gguf_file import parse_header
 from forge.shard import ShardOptions, shard_model
 from forge.verify import verify_model
 from tests.delta.refusals import refused_every_way, snapshot
@@ -49,6 +54,25 @@ def test_right_patches_are_taken(tmp_path: Path, of: type[Patch], reverse: bool)
     assert model.read_bytes() == after
     update_in_place(shard_map, patch, reverse=reverse)
     assert verify_model(shard_map, tmp_path / "new.gguf").ok
+
+
+def test_a_header_that_stays_is_the_targets_all_the_same(tmp_path: Path) -> None:
+    """The base's is taken as it was parsed, but errors name what it is of now."""
+    right = material()
+    data = bytearray(right.base)
+    data[-1] ^= 1
+    model = factory.write(tmp_path / "model.gguf", right.base)
+    target = factory.write(tmp_path / "target.gguf", bytes(data))
+    patch = tmp_path / "p"
+    create_patch(model, target, patch)
+    expected = parse_header(bytes(data), f"{patch}: target.gguf")
+    with PatchReader(patch) as reader, open_source(model) as base:
+        (header,) = BoundPatch(reader, base).headers
+        assert base.headers[0].identity is not None
+    assert header.identity is None
+    assert (header.name, header.file_bytes) == (expected.name, expected.file_bytes)
+    assert (header.tensors, header.header_bytes) == (expected.tensors, expected.header_bytes)
+    assert header.metadata.keys() == expected.metadata.keys()
 
 
 @pytest.fixture
